@@ -1,0 +1,28 @@
+# make demo | make test | make lint | make setup. Needs Python >= 3.10, git and make; each installs what it needs.
+PYTHON ?= python3
+
+.PHONY: demo test lint setup
+
+demo: .venv/installed
+	.venv/bin/python prepare.py demo
+	.venv/bin/python train.py config/demo.py --resume
+	.venv/bin/python sample.py --out_dir out/demo --start "The for statement"
+
+test: .venv/installed-dev
+	.venv/bin/python -m pytest
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+
+setup: .venv/installed-dev
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "error: $(PYTHON) makes no virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+
+.venv/installed: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@

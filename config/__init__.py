@@ -1,0 +1,222 @@
+"""Settings: one dataclass, a config file of plain assignments held against it, and the command line made from it.
+
+A config file holds assignments only and runs in an empty namespace; `--name value` on the command line wins over
+it. Everything that is wrong with both is listed at once. `UserError` and `run` are how every script here ends on
+a user's mistake: one line, exit code 2, no traceback.
+"""
+
+import ast
+import dataclasses
+import difflib
+import os
+import sys
+from dataclasses import dataclass
+
+
+class UserError(Exception):
+    """The user's mistake, as one line: what, why, and the command that mends it."""
+
+
+def run(main):
+    """Call main() and end the process: 0 done, 2 the user's mistake, 1 anything else (Ctrl-C and a closed pipe too)."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # torchrun starts several of us; one line is enough
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 1
+    except BrokenPipeError:  # `| head` took what it wanted; the interpreter must not flush into the pipe again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def setting(default, help, low=None, below=None, choices=None):
+    """A dataclass field with its reason and unit, and the values it allows: low <= value < below, or one of choices."""
+    metadata = {"help": help, "low": low, "below": below, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Config:
+    """All settings of a run. Lengths are in tokens, batch sizes in sequences of max_seq_len tokens."""
+
+    # data
+    dataset: str = setting("wikitext-103", "folder under data_dir that prepare.py wrote")
+    data_dir: str = setting("data", "where the data sets lie")
+    out_dir: str = setting("", "this run's own folder (default: out/<name of the config file>)")
+    # model
+    max_seq_len: int = setting(512, "context, tokens", low=1)
+    d_model: int = setting(256, "width of the residual stream", low=1)
+    num_heads: int = setting(8, "attention heads; must divide d_model", low=1)
+    d_ff: int = setting(1024, "width of the MLP", low=1)
+    num_layers: int = setting(8, "blocks", low=1)
+    dropout: float = setting(0.1, "on the embedding sum and on each residual branch", low=0, below=1)
+    # training
+    batch_size: int = setting(32, "sequences an optimizer step, over all ranks and micro-batches", low=1)
+    micro_batch_size: int = setting(0, "sequences a forward pass on one rank (0: as many as memory allows)", low=0)
+    epochs: int = setting(1, "passes over the training tokens", low=1)
+    max_steps: int = setting(0, "end after so many optimizer steps (0: no limit but the epochs)", low=0)
+    max_hours: float = setting(0.0, "end cleanly after so many hours, resumes included (0: no limit)", low=0)
+    patience: int = setting(0, "end after so many evaluations without a new best (0: never)", low=0)
+    learning_rate: float = setting(4e-4, "AdamW's learning rate after warm-up", low=0)
+    min_learning_rate: float = setting(0.0, "where the cosine ends", low=0)
+    warmup_steps: int = setting(200, "steps of linear warm-up", low=0)
+    lr_schedule: str = setting("cosine", "after the warm-up", choices=("cosine", "constant"))
+    weight_decay: float = setting(0.1, "AdamW's, on matrices and embeddings, not on biases and gains", low=0)
+    beta1: float = setting(0.9, "AdamW's", low=0, below=1)
+    beta2: float = setting(0.95, "AdamW's; 0.95 follows the noise of small batches better than 0.999", low=0, below=1)
+    grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
+    # rhythm
+    eval_interval: int = setting(0, "evaluate every so many steps as well as after each epoch (0: epochs only)", low=0)
+    save_interval: int = setting(500, "write last.pt every so many steps as well as before evaluations (0: not)", low=0)
+    log_interval: int = setting(10, "steps between lines of metrics.jsonl", low=1)
+    # system
+    device: str = setting("auto", "auto, cpu, cuda or mps; auto is CUDA where there is one, else the CPU")
+    dtype: str = setting(
+        "auto",
+        "of the matmuls; auto: bfloat16 where it is native, float16 with a scaler on older GPUs, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    compile: bool | None = setting(None, "torch.compile the blocks (None: on CUDA only)")
+    seed: int = setting(0, "of the weights, the data order and dropout", low=0)
+    resume: bool = setting(False, "go on from out_dir's last checkpoint; with none there, begin")
+    dry_run: bool = setting(False, "print the plan and stop")
+    # notebook
+    expected_ppl: tuple = setting((), "what the experiment expects: (low, high) validation perplexity a token")
+    recorded_ppl: float = setting(0.0, "what the notebook recorded when it was first run (0: nothing)", low=0)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+WORDS = {"true": True, "false": False, "none": None, "auto": None}
+
+
+def kinds(name):
+    """The types that setting `name` takes, as a tuple."""
+    return getattr(FIELDS[name].type, "__args__", (FIELDS[name].type,))
+
+
+def from_text(name, text):
+    """The value that `text` on the command line means for setting `name`; text that fits no type is left as it is."""
+    if bool in kinds(name):
+        return WORDS.get(text.lower(), text)
+    if kinds(name) == (str,):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def problems_of(values):
+    """Everything wrong with a dict of settings, each as a phrase; an empty list if nothing is."""
+    problems, good = [], {}
+    for name, value in values.items():
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            problems.append(f"unknown setting {name}" + (f" (did you mean {near[0]}?)" if near else " (see --help)"))
+            continue
+        allowed, limits = kinds(name), FIELDS[name].metadata
+        fits = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and bool not in allowed):
+            wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+            problems.append(f"{name} takes {wanted}, not {value!r}")
+        elif limits["choices"] and value not in limits["choices"]:
+            near = difflib.get_close_matches(value, limits["choices"], n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            problems.append(f"{name} is one of {', '.join(limits['choices'])}, not {value!r}{hint}")
+        elif limits["low"] is not None and not limits["low"] <= value < (limits["below"] or float("inf")):
+            below = f" and below {limits['below']}" if limits["below"] else ""
+            problems.append(f"{name} must be finite, at least {limits['low']}{below}, not {value}")
+        else:
+            good[name] = value
+    c = Config(**good)
+    numbers = all(isinstance(value, (int, float)) for value in c.expected_ppl)
+    expected = numbers and len(c.expected_ppl) == 2 and 1 <= c.expected_ppl[0] <= c.expected_ppl[1]
+    device = c.device.split(":")[0] in ("auto", "cpu", "cuda", "mps")
+    for names, fine, phrase in (
+        ("d_model num_heads", c.d_model % c.num_heads == 0,
+         f"num_heads {c.num_heads} does not divide d_model {c.d_model}"),
+        ("batch_size micro_batch_size", c.micro_batch_size <= c.batch_size,
+         f"micro_batch_size {c.micro_batch_size} is larger than batch_size {c.batch_size}"),
+        ("learning_rate", c.learning_rate > 0, "learning_rate must be above 0"),
+        ("learning_rate min_learning_rate", c.min_learning_rate <= c.learning_rate,
+         f"min_learning_rate {c.min_learning_rate} is above learning_rate {c.learning_rate}"),
+        ("max_steps warmup_steps", not c.max_steps or c.warmup_steps < c.max_steps,
+         f"warmup_steps {c.warmup_steps} leaves nothing of max_steps {c.max_steps}"),
+        ("expected_ppl", not c.expected_ppl or expected, f"expected_ppl is (low, high), not {c.expected_ppl}"),
+        ("device", device, f"device is auto, cpu, cuda or mps, not {c.device!r}"),
+    ):
+        if not fine and all(name in good or name not in values for name in names.split()):
+            problems.append(phrase)
+    return problems
+
+
+def read_file(path):
+    """A config file's assignments as a dict. Names that begin with _ are the file's own and left out."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        folder = os.path.dirname(__file__)
+        known = sorted(n for n in os.listdir(folder) if n.endswith(".py") and n != "__init__.py")
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"cannot read config {path}: {why}; there are {', '.join(known)} in config/") from None
+    namespace = {}
+    try:
+        exec(compile(source, path, "exec"), namespace)
+    except Exception as error:
+        raise UserError(f"config {path} does not run: {type(error).__name__}: {error}; mend that line") from None
+    return {name: value for name, value in namespace.items() if not name.startswith("_")}
+
+
+def show_help(script):
+    """Print the usage and every setting with its default and reason."""
+    print(f"usage: python {script} config/NAME.py [--setting value | --setting=value ...]\n")
+    print("A bare --setting of type bool means True. Settings, with their defaults:\n")
+    for name, field in FIELDS.items():
+        choices = field.metadata["choices"]
+        more = f" [{' | '.join(choices)}]" if choices else ""
+        print(f"  --{name} {field.default!r}\n        {field.metadata['help']}{more}")
+
+
+def load_config(argv, script="train.py"):
+    """The Config that a command line asks for: a config file, then --name value or --name=value over it.
+
+    argv is without the script's name. Raises UserError with all problems in one line; --help prints and exits 0.
+    """
+    if "--help" in argv or "-h" in argv:
+        show_help(script)
+        sys.exit(0)
+    path, over, problems, words = None, {}, [], list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            if path is not None:
+                problems.append(f"{word} is neither a setting nor its value")
+            path = path or word
+            continue
+        name, equals, text = word[2:].partition("=")
+        if not equals:  # a bool may stand bare, so it takes the next word only if that is a bool's
+            bare = name in FIELDS and bool in kinds(name)
+            if words and not words[0].startswith("--") and (not bare or words[0].lower() in WORDS):
+                text = words.pop(0)
+            elif bare:
+                text = "True"
+            else:
+                problems.append(f"--{name} needs a value")
+                continue
+        over[name] = from_text(name, text) if name in FIELDS else text
+    if path is None:
+        raise UserError(f"no config given; `python {script} config/demo.py` runs the small one, config/ has the others")
+    values = read_file(path) | over
+    problems += problems_of(values)
+    if problems:
+        raise UserError(f"{path} and the command line: {'; '.join(problems)}")
+    config = Config(**values)
+    config.out_dir = config.out_dir or os.path.join("out", os.path.splitext(os.path.basename(path))[0])
+    return config

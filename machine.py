@@ -1,0 +1,109 @@
+"""Where a process runs: its device, the dtype of its matmuls, its place among the ranks that torchrun started."""
+
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+from prepare import cpu_cores
+
+
+@dataclass
+class Machine:
+    """Where this process runs: its device, the dtype of its matmuls, and its place among the ranks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+    local_world: int = 1
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def total(self, *values, op=dist.ReduceOp.SUM):
+        """Each value's sum (or op) over all ranks, as floats. On the CPU, so that no device has to wait."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+    def say(self, *words):
+        if self.rank == 0:
+            print(*words, flush=True)
+
+
+def bfloat16_is_native(device):
+    """Whether a device multiplies bfloat16 by itself; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in supported)
+
+
+def open_machine(config):
+    """The Machine of this process; joins the ranks if torchrun started it. Raises UserError."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kind, _, index = config.device.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[kind]:
+        raise UserError(
+            f"this torch {torch.__version__} finds no {kind} device; use --device cpu or leave --device out"
+        )
+    if kind == "cuda" and max(local_world, int(index or 0) + 1) > torch.cuda.device_count():
+        raise UserError(
+            f"{local_world} processes on device {config.device}, and {torch.cuda.device_count()} GPUs; "
+            "use torchrun --nproc_per_node with as many as there are"
+        )
+    if kind == "mps" and world > 1:
+        raise UserError("mps takes one process; leave torchrun out, or add --device cpu")
+    if config.batch_size < world:
+        raise UserError(f"batch_size {config.batch_size} leaves some of {world} ranks without a sequence; start fewer")
+    if kind == "cuda":
+        index = index if index and world == 1 else local_rank
+        device = torch.device("cuda", int(index))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device(kind)
+    if kind == "cpu" and local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, cpu_cores() // local_world))  # torchrun would leave each process one
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if bfloat16_is_native(device) else "float16" if kind == "cuda" else "float32"
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return Machine(device, getattr(torch, dtype), rank, world, local_world)
+
+
+def micro_batch_size(config, model, machine):
+    """Sequences a forward pass: as configured, else as many of this rank's rows as fit into the device's memory, cut
+    into equal parts. Depends on the device's size, not on what is free just now, so that a resumed run cuts alike."""
+    rows = math.ceil(config.batch_size / machine.world)
+    if config.micro_batch_size:
+        return min(config.micro_batch_size, rows)
+    if machine.device.type == "cuda":
+        budget = 0.8 * torch.cuda.get_device_properties(machine.device).total_memory
+    else:
+        budget = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.local_world
+    fits = next((n for n in range(rows, 1, -1) if model.memory_bytes(n, machine.dtype) <= budget), 1)
+    return math.ceil(rows / math.ceil(rows / fits))
+
+
+def compile_blocks(model, machine):
+    """torch.compile the model's hidden(), in place; where there is no compiler, one line, and it stays as it is."""
+    try:
+        torch.compile(lambda x: x.cos() + 1)(torch.zeros(8, device=machine.device))
+    except Exception as error:  # the compiler's back ends fail in their own ways
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        machine.say(f"torch.compile does not work here ({why[:150]}); going on without it")
+    else:
+        model.hidden = torch.compile(model.hidden)

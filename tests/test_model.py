@@ -1,0 +1,170 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import model as model_module
+from config import UserError, load_config
+from model import HeadLoss, LanguageModel, head_chunks, load_checkpoint, load_model, save_checkpoint
+
+
+def small(dropout=0.0, vocab_size=97, **kwargs):
+    torch.manual_seed(0)
+    args = dict(max_seq_len=12, d_model=16, num_heads=4, d_ff=32, num_layers=2) | kwargs
+    return LanguageModel(vocab_size, dropout=dropout, **args)
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("exp1", 869_153), ("exp2", 869_153), ("exp3", 7_342_033), ("exp4", 16_206_673), ("exp5", 19_365_713)],
+)
+def test_parameter_counts(name, count):
+    c = load_config([str(ROOT / f"config/{name}.py")])
+    with torch.device("meta"):
+        model = LanguageModel(50257, c.max_seq_len, c.d_model, c.num_heads, c.d_ff, c.num_layers, c.dropout)
+    counted = model.count()
+    assert counted["total"] == count == counted["embeddings"] + counted["head_bias"] + counted["blocks"]
+    assert counted["embeddings"] == (50257 + 512) * c.d_model and counted["head_bias"] == 50257
+
+
+def test_the_notebook_s_snippet():
+    model = LanguageModel(
+        vocab_size=50257, max_seq_len=512, d_model=16, num_heads=2, d_ff=64, num_layers=2, dropout=0.3
+    )
+    assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 50257)
+
+
+def test_initialisation_is_gpt2_s():
+    model = small(d_model=64, d_ff=256, num_layers=8)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == (1 if name.endswith("norm.weight") else 0)).all(), name
+        else:
+            std = 0.02 / 4 if "_out." in name else 0.02  # sqrt(2 * 8) = 4
+            assert abs(p.std().item() / std - 1) < 0.1, name
+
+
+def test_logits_are_those_of_transformers_gpt2():
+    transformers = pytest.importorskip("transformers")
+    model = small(vocab_size=301, d_model=32, num_layers=3).eval()
+    config = transformers.GPT2Config(vocab_size=301, n_positions=12, n_embd=32, n_layer=3, n_head=4, n_inner=32)
+    peer = transformers.GPT2LMHeadModel(config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():  # every weight is random, the biases and gains too; only the head's bias is zero
+            p.normal_(std=0.2)
+        model.head_bias.zero_()
+        pairs = [(peer.transformer.wte, model.token_embedding), (peer.transformer.wpe, model.position_embedding),
+                 (peer.transformer.ln_f, model.final_norm)]
+        for theirs, ours in zip(peer.transformer.h, model.blocks, strict=True):
+            pairs += [(theirs.ln_1, ours.attention_norm), (theirs.ln_2, ours.mlp_norm), (theirs.attn.c_attn, ours.qkv),
+                      (theirs.attn.c_proj, ours.attention_out), (theirs.mlp.c_fc, ours.mlp_in),
+                      (theirs.mlp.c_proj, ours.mlp_out)]
+        for theirs, ours in pairs:
+            weight = ours.weight.T if "Conv1D" in type(theirs).__name__ else ours.weight
+            theirs.weight.copy_(weight)
+            if hasattr(theirs, "bias"):
+                theirs.bias.copy_(ours.bias)
+        tokens = torch.randint(301, (2, 12))
+        logits, expected = model(tokens), peer(tokens).logits
+    assert expected.std() > 0.2
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_no_position_sees_a_later_one():
+    model = small().eval()
+    x = torch.randn(1, 12, 16, requires_grad=True)
+    seen = x
+    for block in model.blocks:
+        seen = block(seen)
+    for i in range(12):
+        (grad,) = torch.autograd.grad(seen[0, i].square().sum(), x, retain_graph=True)
+        reached = grad[0].abs().sum(-1) > 0
+        assert reached.tolist() == [j <= i for j in range(12)]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])  # chunks of one row, chunks that do not divide, one chunk
+def test_the_fused_loss_and_its_gradients_are_cross_entropy_s(rows, monkeypatch):
+    monkeypatch.setitem(model_module.CHUNK_BYTES, "cpu", rows * 4 * 97)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(24, 16) * 3, torch.randn(97, 16), torch.randn(97)
+    targets = torch.randint(97, (24,))
+    ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    loss = HeadLoss.apply(*ours, targets)
+    (loss * 2.5).backward()
+    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = F.cross_entropy(F.linear(*truth), targets)
+    (expected * 2.5).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for mine, theirs in zip(ours, truth, strict=True):
+        scale = theirs.grad.abs().max()
+        torch.testing.assert_close(mine.grad.double() / scale, theirs.grad / scale, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_loss_in_low_precision_is_as_near_the_truth_as_autocast(dtype):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(64, 32), torch.randn(501, 32) * 0.3, torch.randn(501)
+    targets = torch.randint(501, (64,))
+
+    def grads(loss_of, *tensors):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        loss = loss_of(*leaves)
+        loss.mean().backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+    def plain(*tensors):
+        return F.cross_entropy(F.linear(*tensors), targets, reduction="none")
+
+    def fused(*tensors):
+        return HeadLoss.apply(*tensors, targets)
+
+    truth = grads(plain, *(t.double() for t in (x, weight, bias)))
+    with torch.autocast("cpu", dtype):
+        ours, theirs = grads(fused, x, weight, bias), grads(plain, x, weight, bias)
+        ours[0] = torch.cat([losses for losses, *_ in head_chunks(x, weight, bias, targets)])  # a loss a token
+    for mine, other, true in zip(ours, theirs, truth, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - true).norm() <= 1.05 * (other - true).norm()
+
+
+def test_loss_logits_and_token_losses_agree():
+    model = small()
+    tokens, targets = torch.randint(97, (3, 12)), torch.randint(97, (3, 12))
+    each = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none").view(3, 12)
+    torch.testing.assert_close(model.token_losses(tokens, targets), each)
+    torch.testing.assert_close(model(tokens, targets), each.mean())
+
+
+def test_dropout_acts_in_training_alone():
+    model, tokens = small(dropout=0.5), torch.randint(97, (2, 12))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_checkpoints_come_back_and_strangers_are_refused(tmp_path):
+    model, path = small().eval(), tmp_path / "best.pt"
+    save_checkpoint(dict(model=model.state_dict(), model_args=model.args, step=3), path)
+    again, rest = load_model(path)
+    tokens = torch.randint(97, (1, 5))
+    assert torch.equal(again(tokens), model(tokens)) and rest["step"] == 3
+    whole = path.read_bytes()
+    for spoiled in (b"", whole[:1000], whole[: len(whole) // 2], b"text", b"PK\x03\x04" + b"x" * 100):
+        path.write_bytes(spoiled)
+        with pytest.raises(UserError, match="not a whole checkpoint"):
+            load_checkpoint(path)
+    torch.save({"weights": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        load_checkpoint(path)
+
+
+class Malice:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_loading_a_checkpoint_executes_nothing(tmp_path):
+    torch.save({"model": Malice(), "model_args": {}, "step": 0}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        load_checkpoint(tmp_path / "bad.pt")

@@ -1,0 +1,271 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from config import Config, UserError, load_config
+from machine import Machine
+from model import LanguageModel, load_checkpoint
+from prepare import load_meta, load_tokens
+from train import Batches, evaluate, lr_at, parameter_groups
+
+CPU = Machine(torch.device("cpu"), torch.float32)
+RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d",
+         "--rdzv-endpoint=localhost:0"]
+
+
+def metrics(out="out/tiny", evaluations=False):
+    lines = [json.loads(line) for line in open(f"{out}/metrics.jsonl", encoding="utf-8")]
+    return [line for line in lines if ("val_loss" in line) == evaluations]
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- the experiment, as pure functions
+
+
+@pytest.mark.parametrize("tokens, batch_size", [(16 * 8, 4), (16 * 8 + 5, 3), (16 * 3, 7)])
+def test_an_epoch_takes_every_token_once(tokens, batch_size):
+    batches = Batches(np.arange(tokens, dtype=np.uint16), 16, batch_size, seed=3)
+    steps = batches.epoch_end(5)
+    targets = torch.cat([batches.batch(i) for i in range(steps)])[:, 1:]
+    assert steps == math.ceil(5 * (tokens // 16) / batch_size)
+    for epoch in range(5):
+        mine = targets[epoch * batches.windows : (epoch + 1) * batches.windows].flatten()
+        assert len(set(mine.tolist())) == len(mine) == tokens - tokens % 16
+    assert not torch.equal(targets[: batches.windows], targets[batches.windows : 2 * batches.windows])
+
+
+def test_a_batch_follows_from_seed_and_step_and_ranks_only_slice_it():
+    tokens = np.arange(500, dtype=np.uint16)
+    whole = [Batches(tokens, 16, 6, seed=1).batch(i) for i in range(12)]
+    fresh = Batches(tokens, 16, 6, seed=1)
+    for i in (11, 0, 5):  # in any order
+        assert torch.equal(fresh.batch(i), whole[i])
+        for world in (2, 4):
+            assert torch.equal(torch.cat([fresh.batch(i, rank, world) for rank in range(world)]), whole[i])
+    assert not torch.equal(Batches(tokens, 16, 6, seed=2).batch(0), whole[0])
+    for row in whole[7]:
+        assert torch.equal(row, (row[0] + torch.arange(17)) % 500)
+
+
+def test_learning_rate():
+    config = Config(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
+    rates = [lr_at(step, config, 110) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1 and rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    config.lr_schedule = "constant"
+    assert lr_at(5, config, 110) == pytest.approx(0.6) and lr_at(109, config, 110) == 1
+
+
+def test_weight_decay_acts_on_matrices_alone():
+    model = LanguageModel(50, 8, 8, 2, 16, 1)
+    decayed, rest = parameter_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+    assert all(names[id(p)].endswith(("bias", "norm.weight")) for p in rest["params"])
+    assert all(names[id(p)].endswith(".weight") for p in decayed["params"])
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_evaluation_is_the_whole_split_in_order(tiny, rows):
+    config = load_config([tiny])
+    tokens, counts = load_tokens("tiny", "val"), load_meta("tiny")["splits"]["val"]
+    torch.manual_seed(0)
+    model = LanguageModel(50257, 16, 8, 2, 16, 1, dropout=0.5)
+    with torch.no_grad():
+        model.token_embedding.weight.mul_(20)
+    figures = evaluate(model, tokens, counts, config, CPU, rows)
+    assert model.training
+    model.eval()
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 16):  # the reference: a window at a time, plain logits, float64 sum
+        window = torch.from_numpy(tokens[start : start + 17].astype(np.int64))
+        logits = model(window[None, :-1])[0].double()
+        nats -= logits.log_softmax(-1).gather(1, window[1:, None]).sum().item()
+    assert figures["val_loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-6)
+    assert figures["val_ppl"] == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-5)
+    assert figures["val_bits_per_byte"] == pytest.approx(nats / counts["bytes"] / math.log(2), rel=1e-6)
+    assert math.log(figures["val_ppl_word"]) == pytest.approx(min(700, nats / counts["words"]), rel=1e-6)
+
+
+# --- whole runs
+
+
+def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
+    assert train.main([tiny, "--dropout", "0"]) == 0
+    shown = capsys.readouterr().out
+    lines, evaluations = metrics(), metrics(evaluations=True)
+    windows = 3000 // 16
+    steps = math.ceil(2 * windows / 6)
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert [line["step"] for line in evaluations] == [math.ceil(windows / 6), steps]
+    assert lines[0]["train_loss"] == pytest.approx(math.log(50257), abs=0.1) and lines[-1]["train_loss"] < 8
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 10
+    assert evaluations[0]["train_loss"] == pytest.approx(
+        np.mean([x["train_loss"] for x in lines[: math.ceil(windows / 6)]])
+    )
+    assert {"epoch", "tokens", "lr", "grad_norm", "tokens_per_s", "elapsed_s"} <= lines[0].keys()
+    assert "best so far" in shown and "finished" in shown and f"{evaluations[-1]['val_ppl']:.2f}" in shown
+    best = load_checkpoint("out/tiny/best.pt")
+    assert best["metrics"]["val_loss"] == evaluations[-1]["val_loss"] and best["tokenizer"] == "gpt2"
+    assert same(best["model"], weights("out/tiny/last.pt"))
+
+
+@pytest.mark.parametrize("interval", ["0", "7"])
+def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, monkeypatch, capsys, interval):
+    """Dropout on; stopped by signals at odd moments, amid an evaluation too: the same weights and metrics."""
+    options = [tiny, "--max_steps", "40", "--eval_interval", "10", "--save_interval", interval]
+    assert train.main([*options, "--out_dir", "out/whole"]) == 0
+    for stop_at in (1, 5, 12, 13, 29):  # calls after which the signal comes: steps or evaluation batches
+        calls = 0
+
+        def counted(function, *args, stop_at=stop_at, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                os.kill(os.getpid(), signal.SIGINT if stop_at % 2 else signal.SIGTERM)
+            return function(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            step, losses = train.take_step, LanguageModel.token_losses
+            patch.setattr(train, "take_step", lambda *a, **k: counted(step, *a, **k))  # noqa: B023
+            patch.setattr(LanguageModel, "token_losses", lambda *a, **k: counted(losses, *a, **k))  # noqa: B023
+            assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 1
+        assert f"python train.py {' '.join(options)} --out_dir out/cut --resume" in capsys.readouterr().out
+    assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 0
+    whole, cut = load_checkpoint("out/whole/last.pt"), load_checkpoint("out/cut/last.pt")
+    assert same(whole["model"], cut["model"])
+    assert same(weights("out/whole/best.pt"), weights("out/cut/best.pt"))
+    for state in whole["optimizer"]["state"]:
+        assert same(whole["optimizer"]["state"][state], cut["optimizer"]["state"][state])
+    for evaluations in (False, True):
+        a, b = metrics("out/whole", evaluations), metrics("out/cut", evaluations)
+        for line in a + b:
+            line.pop("elapsed_s"), line.pop("tokens_per_s", None)
+        assert a == b
+
+
+def test_resume_says_when_there_is_nothing_to_do_and_goes_on_when_extended(tiny, capsys):
+    assert train.main([tiny, "--max_steps", "8", "--resume"]) == 0
+    assert "beginning at step 0" in capsys.readouterr().out
+    assert train.main([tiny, "--max_steps", "8", "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train.main([tiny, "--max_steps", "12", "--resume"]) == 0
+    assert [line["step"] for line in metrics()] == list(range(1, 13))
+
+
+def test_a_run_is_never_overwritten_and_never_continued_as_another(tiny):
+    assert train.main([tiny, "--max_steps", "6"]) == 0
+    before = open("out/tiny/last.pt", "rb").read()
+    with pytest.raises(UserError, match=r"holds a run already; `python train.py tiny.py --max_steps 6 --resume`"):
+        train.main([tiny, "--max_steps", "6"])
+    with pytest.raises(UserError, match=r"dropout was 0.2, now 0.3; learning_rate was 0.01, now 0.02"):
+        train.main([tiny, "--max_steps", "9", "--dropout", "0.3", "--learning_rate", "0.02", "--resume"])
+    assert open("out/tiny/last.pt", "rb").read() == before
+
+
+def test_patience_and_hours_end_a_run_cleanly(tiny, capsys):
+    # at a learning rate of 1e-30 nothing gets better
+    slow = ["--learning_rate", "1e-30", "--eval_interval", "2", "--patience", "2"]
+    assert train.main([tiny, *slow]) == 0
+    assert "2 evaluations brought no new best" in capsys.readouterr().out and len(metrics()) == 6
+    assert train.main([tiny, "--max_hours", "1e-9", "--out_dir", "out/short"]) == 0
+    assert len(metrics("out/short")) == 1 and len(metrics("out/short", evaluations=True)) == 1
+
+
+def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
+    assert train.main([tiny, "--dry_run"]) == 0
+    plan = capsys.readouterr().out
+    count = 50257 * 8 + 16 * 8 + 50257 + 2 * (4 * 72 + 2 * 8 * 16 + 16 + 8 + 4 * 8) + 16
+    for phrase in (f"{count:,}", "3,000 training tokens", f"{3000 / count:.2f} tokens a parameter",
+                   "20: 150 parameters", "63 of 6 x 16 = 96 tokens", "FLOPs", "GB"):
+        assert phrase in plan
+    assert not os.path.exists("out")
+
+
+def test_mistakes_are_one_line_before_the_first_step(tiny, script):
+    assert "did you mean d_model" in script("train.py", tiny, "--d_modle", "8", code=2).stderr
+    with pytest.raises(UserError, match="is not prepared in data/; run `python prepare.py wikitext-2`"):
+        train.main([tiny, "--dataset", "wikitext-2"])
+    with pytest.raises(UserError, match="not one window of 3000"):
+        train.main([tiny, "--max_seq_len", "3000"])
+    with pytest.raises(UserError, match="--warmup_steps 6"):
+        train.main([tiny, "--warmup_steps", "63"])
+    with pytest.raises(UserError, match="no cuda device"):
+        train.main([tiny, "--device", "cuda"])
+    assert not os.path.exists("out")
+
+
+def test_half_precision_trains_too(tiny):
+    for dtype in ("bfloat16", "float16"):  # float16 with a scaler, whose state is part of the checkpoint
+        out = f"out/{dtype}"
+        assert train.main([tiny, "--dtype", dtype, "--max_steps", "25", "--out_dir", out]) == 0
+        assert metrics(out)[-1]["train_loss"] < 10.5
+        assert bool(load_checkpoint(f"{out}/last.pt")["scaler"]) == (dtype == "float16")
+
+
+def test_compile_without_a_compiler_goes_on(tiny, script):
+    env = {"CXX": "/nowhere/c++", "PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": os.path.abspath("inductor")}
+    done = script("train.py", tiny, "--max_steps", "6", "--compile", env=env)
+    assert done.stdout.count("torch.compile does not work here") == 1 and "finished" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_in_a_terminal(tiny):
+    """The real process and the real signal: a checkpoint, the command that resumes, exit code 1."""
+    command = [sys.executable, str(ROOT / "train.py"), tiny, "--epochs", "100000"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "best so far" not in child.stdout.readline():  # it is in the midst of it
+        assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    out, errors = child.communicate(timeout=60)
+    assert child.returncode == 1 and "Traceback" not in errors
+    assert "go on with: python train.py tiny.py --epochs 100000 --resume" in out
+    assert load_checkpoint("out/tiny/last.pt")["step"] > 30
+
+
+# --- ranks
+
+
+@pytest.mark.parametrize("micro", ["0", "2"])
+def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro):
+    options = [tiny, "--dropout", "0", "--max_steps", "20", "--eval_interval", "10", "--batch_size", "7"]
+    assert train.main([*options, "--out_dir", "out/one"]) == 0
+    script("train.py", *options, "--micro_batch_size", micro, "--out_dir", "out/two", launch=RANKS)
+    for evaluations, key in ((False, "train_loss"), (False, "grad_norm"), (True, "val_loss")):
+        one, two = ([line[key] for line in metrics(out, evaluations)] for out in ("out/one", "out/two"))
+        assert len(one) == (2 if evaluations else 20)
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tiny, script):
+    options = [tiny, "--dropout", "0", "--eval_interval", "10", "--lr_schedule", "constant"]
+    assert train.main([*options, "--max_steps", "20", "--out_dir", "out/one"]) == 0
+    script("train.py", *options, "--max_steps", "9", launch=RANKS)
+    assert train.main([*options, "--max_steps", "20", "--resume"]) == 0
+    one, two = ([line["train_loss"] for line in metrics(out)] for out in ("out/one", "out/tiny"))
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+def test_more_ranks_than_sequences_is_refused_by_one_line(tiny, script):
+    done = script("train.py", tiny, "--batch_size", "1", launch=RANKS, code=1)
+    assert done.stderr.count("error: batch_size 1 leaves some of 2 ranks without a sequence") == 1
