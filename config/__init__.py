@@ -69,7 +69,7 @@ class Config:
     lr_schedule: str = setting("cosine", "after the warm-up", choices=("cosine", "constant"))
     weight_decay: float = setting(0.1, "AdamW's, on matrices and embeddings, not on biases and gains", low=0)
     beta1: float = setting(0.9, "AdamW's", low=0, below=1)
-    beta2: float = setting(0.95, "AdamW's; 0.95 follows the noise of small batches better than 0.999", low=0, below=1)
+    beta2: float = setting(0.95, "AdamW's; 0.95 as GPT-3's and nanoGPT's", low=0, below=1)
     grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
     # rhythm
     eval_interval: int = setting(0, "evaluate every so many steps as well as after each epoch (0: epochs only)", low=0)
@@ -83,7 +83,7 @@ class Config:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool | None = setting(None, "torch.compile the blocks (None: on CUDA only)")
-    seed: int = setting(0, "of the weights, the data order and dropout", low=0)
+    seed: int = setting(0, "of the weights, the data order and dropout", low=0, below=2**32)
     resume: bool = setting(False, "go on from out_dir's last checkpoint; with none there, begin")
     dry_run: bool = setting(False, "print the plan and stop")
     # notebook

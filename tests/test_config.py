@@ -96,3 +96,9 @@ def test_the_experiments_state_what_the_notebook_states(name):
     assert stated == NOTEBOOK[name]
     assert (c.max_seq_len, c.weight_decay, c.grad_clip) == (512, 0.1, 1.0)
     assert (c.patience, c.max_hours) == ((5, 12.0) if name == "exp5" else (0, 0.0))
+
+
+def test_the_readme_lists_every_setting_with_its_default():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(Config):
+        assert f"| `{field.name}` | {field.default if field.default != '' else '(see right)'} | " in readme, field.name

@@ -85,7 +85,7 @@ def test_no_position_sees_a_later_one():
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])  # chunks of one row, chunks that do not divide, one chunk
 def test_the_fused_loss_and_its_gradients_are_cross_entropy_s(rows, monkeypatch):
-    monkeypatch.setitem(model_module.CHUNK_BYTES, "cpu", rows * 4 * 97)
+    monkeypatch.setattr(model_module, "chunk_bytes", lambda kind: rows * 4 * 97)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(24, 16) * 3, torch.randn(97, 16), torch.randn(97)
     targets = torch.randint(97, (24,))
@@ -154,6 +154,9 @@ def test_checkpoints_come_back_and_strangers_are_refused(tmp_path):
         path.write_bytes(spoiled)
         with pytest.raises(UserError, match="not a whole checkpoint"):
             load_checkpoint(path)
+    save_checkpoint(dict(model={}, model_args={"width": 3}, step=3), path)
+    with pytest.raises(UserError, match="another model"):
+        load_model(path)
     torch.save({"weights": torch.zeros(2)}, path)
     with pytest.raises(UserError, match="not a whole checkpoint"):
         load_checkpoint(path)
