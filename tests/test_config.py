@@ -61,7 +61,7 @@ def test_a_wrong_file_is_one_line(tmp_path, text, says):
 
 
 def test_a_config_runs_in_an_empty_namespace(tmp_path):
-    assert "NameError" in problems(tmp_path, "dataset = HUB_CONFIGS")
+    assert "NameError" in problems(tmp_path, "dataset = FIELDS")
 
 
 def test_no_config_and_no_such_config(tmp_path):

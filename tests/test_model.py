@@ -52,7 +52,7 @@ def test_logits_are_those_of_transformers_gpt2():
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():  # every weight is random, the biases and gains too; only the head's bias is zero
-            p.normal_(std=0.2)
+            p.normal_(std=0.2 if p.dim() > 1 else 1.0)
         model.head_bias.zero_()
         pairs = [(peer.transformer.wte, model.token_embedding), (peer.transformer.wpe, model.position_embedding),
                  (peer.transformer.ln_f, model.final_norm)]

@@ -110,7 +110,9 @@ def test_every_kind_of_source_gives_the_same_tokens(encoding, tmp_path, make, se
     (tmp_path / "src").mkdir()
     make(tmp_path / "src")
     source = tmp_path / "src/wikitext-2-raw-v1.zip" if make is as_zip else tmp_path / "src"
-    prepare.prepare("own", source, separator, tmp_path / "data")
+    meta = prepare.prepare("own", source, separator, tmp_path / "data")
+    words, rows = sum(len(row.split()) for row in TRAIN), len(TRAIN)
+    assert meta["splits"]["train"]["words"] == words + (rows if separator == "newline" else 0)
     for split, rows in (("train", TRAIN), ("val", VAL)):
         assert load_tokens("own", split, tmp_path / "data").tolist() == slow_ids(encoding, rows, separator)
 
@@ -123,6 +125,12 @@ def test_one_text_file_is_split_between_rows(encoding, tmp_path, monkeypatch):
     train, val = (load_tokens("book", split, tmp_path / "data").tolist() for split in ("train", "val"))
     assert train + val == slow_ids(encoding, rows, "none")
     assert 15 <= meta["splits"]["val"]["rows"] <= 25 and sum(s["rows"] for s in meta["splits"].values()) == 100
+    spoiled = bytearray((tmp_path / "book.txt").read_bytes())
+    spoiled[-4] = 0xFF  # in the validation part, whose bytes are counted from the file's beginning
+    (tmp_path / "book.txt").write_bytes(spoiled)
+    with pytest.raises(UserError, match=f"at byte {len(spoiled) - 4:,};"):
+        prepare.prepare("book", tmp_path / "book.txt", data_dir=tmp_path / "data", val_fraction=0.2, force=True)
+    assert load_tokens("book", "train", tmp_path / "data").tolist() == train  # what was prepared before is untouched
 
 
 def test_prepared_and_unchanged_is_left_alone(tmp_path, capsys):

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def test_an_epoch_takes_every_token_once(tokens, batch_size):
         mine = targets[epoch * batches.windows : (epoch + 1) * batches.windows].flatten()
         assert len(set(mine.tolist())) == len(mine) == tokens - tokens % 16
     assert not torch.equal(targets[: batches.windows], targets[batches.windows : 2 * batches.windows])
+    assert len({int(batches.starts(epoch)[0]) % 16 for epoch in range(5)}) > 1  # cut at another phase
 
 
 def test_a_batch_follows_from_seed_and_step_and_ranks_only_slice_it():
@@ -152,16 +154,59 @@ def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, monkeypatch
             assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 1
         assert f"python train.py {' '.join(options)} --out_dir out/cut --resume" in capsys.readouterr().out
     assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 0
-    whole, cut = load_checkpoint("out/whole/last.pt"), load_checkpoint("out/cut/last.pt")
-    assert same(whole["model"], cut["model"])
-    assert same(weights("out/whole/best.pt"), weights("out/cut/best.pt"))
+    assert_the_same_run("out/whole", "out/cut")
+
+
+def assert_the_same_run(one, two):
+    whole, cut = load_checkpoint(f"{one}/last.pt"), load_checkpoint(f"{two}/last.pt")
+    assert same(whole["model"], cut["model"]) and same(weights(f"{one}/best.pt"), weights(f"{two}/best.pt"))
     for state in whole["optimizer"]["state"]:
         assert same(whole["optimizer"]["state"][state], cut["optimizer"]["state"][state])
     for evaluations in (False, True):
-        a, b = metrics("out/whole", evaluations), metrics("out/cut", evaluations)
+        a, b = metrics(one, evaluations), metrics(two, evaluations)
         for line in a + b:
             line.pop("elapsed_s"), line.pop("tokens_per_s", None)
         assert a == b
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else(tiny, monkeypatch):
+    options = [tiny, "--max_steps", "25", "--eval_interval", "10", "--save_interval", "4"]
+    assert train.main([*options, "--out_dir", "out/whole"]) == 0
+    step, losses = train.take_step, LanguageModel.token_losses
+
+    def dying(function, alive):
+        def wrapped(*args, **kwargs):
+            nonlocal alive
+            alive -= 1
+            if alive < 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for steps, batches in ((7, 99), (7, 99), (99, 3), (99, 8)):  # amid steps before and after an evaluation, amid two
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train, "take_step", dying(step, steps))
+            patch.setattr(LanguageModel, "token_losses", dying(losses, batches))
+            train.main([*options, "--out_dir", "out/cut", "--resume"])
+        with open("out/cut/metrics.jsonl", "a") as file:
+            file.write('{"step": 9')  # half a line, as a kill leaves it
+    assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 0
+    assert_the_same_run("out/whole", "out/cut")
+
+
+def test_a_signal_amid_the_last_evaluation_leaves_it_owed(tiny, monkeypatch, capsys):
+    losses = LanguageModel.token_losses
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "token_losses", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or losses(*a))
+        assert train.main([tiny, "--max_steps", "6"]) == 1
+    assert "finished" not in capsys.readouterr().out and not os.path.exists("out/tiny/best.pt")
+    assert train.main([tiny, "--max_steps", "6", "--resume"]) == 0
+    assert len(metrics(evaluations=True)) == 1 and os.path.exists("out/tiny/best.pt")
 
 
 def test_resume_says_when_there_is_nothing_to_do_and_goes_on_when_extended(tiny, capsys):
@@ -230,6 +275,20 @@ def test_compile_without_a_compiler_goes_on(tiny, script):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_blocks_give_the_same_curve(tiny):
+    options = [tiny, "--dropout", "0", "--max_steps", "6"]
+    assert train.main([*options, "--out_dir", "out/plain"]) == 0
+    assert train.main([*options, "--out_dir", "out/compiled", "--compile"]) == 0
+    plain, compiled = ([line["train_loss"] for line in metrics(out)] for out in ("out/plain", "out/compiled"))
+    np.testing.assert_allclose(compiled, plain, rtol=0, atol=1e-5)
+    assert same_shapes(weights("out/plain/best.pt"), weights("out/compiled/best.pt"))  # no prefix in the names
+
+
+def same_shapes(a, b):
+    return {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+
+
 def test_ctrl_c_in_a_terminal(tiny):
     """The real process and the real signal: a checkpoint, the command that resumes, exit code 1."""
     command = [sys.executable, str(ROOT / "train.py"), tiny, "--epochs", "100000"]
@@ -251,7 +310,8 @@ def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro):
     options = [tiny, "--dropout", "0", "--max_steps", "20", "--eval_interval", "10", "--batch_size", "7"]
     assert train.main([*options, "--out_dir", "out/one"]) == 0
     script("train.py", *options, "--micro_batch_size", micro, "--out_dir", "out/two", launch=RANKS)
-    for evaluations, key in ((False, "train_loss"), (False, "grad_norm"), (True, "val_loss")):
+    keys = ((False, "train_loss"), (False, "grad_norm"), (True, "val_loss"), (True, "val_bits_per_byte"))
+    for evaluations, key in keys:
         one, two = ([line[key] for line in metrics(out, evaluations)] for out in ("out/one", "out/two"))
         assert len(one) == (2 if evaluations else 20)
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
