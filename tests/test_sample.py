@@ -62,13 +62,14 @@ def test_text_goes_past_the_context_as_a_sliding_window_would():
     torch.manual_seed(0)
     model = LanguageModel(60, 8, 8, 2, 16, 2).eval()
     for p in model.parameters():  # large weights, so that what it saw decides what it says
-        torch.nn.init.normal_(p, std=0.7)
+        torch.nn.init.normal_(p, std=0.5)
     tokens = torch.randint(60, (2, 5))
-    out = generate(model, tokens, 20, temperature=0)
+    out = generate(model, tokens, 20, 1.0, top_k=0, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
     for t in range(5, 25):
         logits = model(out[:, max(0, t - 8) : t])[:, -1]
-        assert torch.equal(out[:, t], logits.argmax(-1))
-    assert len(set(out[0, 13:].tolist())) > 3  # past the context it has not fallen silent
+        assert torch.equal(out[:, t, None], torch.multinomial(logits.softmax(-1), 1, generator=generator)), t
+    assert torch.equal(out[:, :5], tokens) and len(set(out[0, 13:].tolist())) > 3
 
 
 def test_choices_keep_to_what_is_allowed():
