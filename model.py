@@ -80,6 +80,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean loss in nats a token, 0-d float32."""
+        if targets is not None and not torch.is_grad_enabled():
+            return self.token_losses(tokens, targets).mean()
         x = self.hidden(tokens)
         if targets is None:
             return self.head(x)
@@ -149,20 +151,16 @@ def head_chunks(x, weight, bias, targets):
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of the tied head, its gradients formed chunk by chunk in the forward pass.
 
-    x (N, D), weight (V, D) float32, bias (V,) float32, targets (N,) int64 -> 0-d float32, nats a token. Where no
-    gradient is asked for none is formed. The idea is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
+    x (N, D), weight (V, D) float32, bias (V,) float32, targets (N,) int64 -> 0-d float32, nats a token. The idea is
+    Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
         total = torch.zeros((), device=x.device)
-        grads = any(ctx.needs_input_grad)
-        if grads:
-            grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
         for losses, rows, xs, w, exps, sums in head_chunks(x, weight, bias, targets):
             total += losses.sum()
-            if not grads:
-                continue
             # d loss / d logits, times N: softmax, less one at the target. Divided by N only after the matmuls, since
             # float16 would lose the small ones
             exps.div_(sums).scatter_add_(1, targets[rows, None], torch.full_like(sums, -1))
@@ -173,8 +171,7 @@ class HeadLoss(torch.autograd.Function):
                 grad_weight.addmm_(low.t(), xs)
             else:
                 grad_weight += low.t() @ xs
-        if grads:
-            ctx.save_for_backward(grad_x.div_(len(x)), grad_weight.div_(len(x)), grad_bias.div_(len(x)))
+        ctx.save_for_backward(grad_x.div_(len(x)), grad_weight.div_(len(x)), grad_bias.div_(len(x)))
         return total / len(x)
 
     @staticmethod
@@ -210,9 +207,7 @@ def load_checkpoint(path):
     except Exception:
         checkpoint = None  # torn, empty, or another program's: torch.load has as many exceptions as ways to be so
     if not isinstance(checkpoint, dict) or not {"model", "model_args", "step"} <= checkpoint.keys():
-        raise UserError(
-            f"{path} is not a whole checkpoint of this program; remove it, or name another"
-        )
+        raise UserError(f"{path} is not a whole checkpoint of this program; remove it, or name another")
     return checkpoint
 
 
