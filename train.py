@@ -421,6 +421,11 @@ def train(config, machine, stop, again):
                     f"perplexity a word {state.best['val_ppl_word']:.2f}, bits a byte "
                     f"{state.best['val_bits_per_byte']:.4f}\nover the whole validation split: {len(val_tokens) - 1:,} "
                     f"tokens predicted, windows of {config.max_seq_len}, separator {meta['separator']}")
+    if state.best and config.expected_ppl:
+        low, high = config.expected_ppl
+        machine.say(f"expected {low:g} to {high:g}: {'met' if state.best['val_ppl'] <= high else 'not met'}")
+    if config.recorded_ppl:
+        machine.say(f"the notebook recorded {config.recorded_ppl:g}")
     return 0
 
 

@@ -113,7 +113,8 @@ def test_evaluation_is_the_whole_split_in_order(tiny, rows):
 
 
 def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
-    assert train.main([tiny, "--dropout", "0"]) == 0
+    options = ["--dropout", "0", "--expected_ppl", "80,150", "--recorded_ppl", "65.71"]
+    assert train.main([tiny, *options]) == 0
     shown = capsys.readouterr().out
     lines, evaluations = metrics(), metrics(evaluations=True)
     windows = 3000 // 16
@@ -127,6 +128,8 @@ def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
     )
     assert {"epoch", "tokens", "lr", "grad_norm", "tokens_per_s", "elapsed_s"} <= lines[0].keys()
     assert "best so far" in shown and "finished" in shown and f"{evaluations[-1]['val_ppl']:.2f}" in shown
+    assert ("not met" in shown) == (evaluations[-1]["val_ppl"] > 150) and "expected 80 to 150" in shown
+    assert "the notebook recorded 65.71" in shown
     best = load_checkpoint("out/tiny/best.pt")
     assert best["metrics"]["val_loss"] == evaluations[-1]["val_loss"] and best["tokenizer"] == "gpt2"
     assert same(best["model"], weights("out/tiny/last.pt"))
