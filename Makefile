@@ -17,7 +17,10 @@ lint: .venv/installed-dev
 setup: .venv/installed-dev
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "error: $(PYTHON) makes no virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+		{ echo "error: $(PYTHON) is not Python 3.10 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "error: $(PYTHON) makes no virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 
 .venv/installed: requirements.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
