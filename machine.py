@@ -23,6 +23,7 @@ class Machine:
     local_world: int = 1
 
     def autocast(self):
+        """The context in which matmuls run in dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def total(self, *values, op=dist.ReduceOp.SUM):
@@ -34,6 +35,7 @@ class Machine:
         return tensor.tolist()
 
     def say(self, *words):
+        """Print on rank 0 alone, at once."""
         if self.rank == 0:
             print(*words, flush=True)
 
@@ -55,14 +57,10 @@ def open_machine(config):
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[kind]:
-        raise UserError(
-            f"this torch {torch.__version__} finds no {kind} device; use --device cpu or leave --device out"
-        )
+        raise UserError(f"this torch {torch.__version__} finds no {kind} device; use --device cpu or leave it out")
     if kind == "cuda" and max(local_world, int(index or 0) + 1) > torch.cuda.device_count():
-        raise UserError(
-            f"{local_world} processes on device {config.device}, and {torch.cuda.device_count()} GPUs; "
-            "use torchrun --nproc_per_node with as many as there are"
-        )
+        raise UserError(f"{local_world} processes on device {config.device}, and {torch.cuda.device_count()} GPUs; "
+                        "use torchrun --nproc_per_node with as many as there are")
     if kind == "mps" and world > 1:
         raise UserError("mps takes one process; leave torchrun out, or add --device cpu")
     if config.batch_size < world:

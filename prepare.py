@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -176,6 +177,8 @@ def read_jsonl(name, open_file):
         texts = []
         for row in rows:
             number += 1
+            if not row.strip():
+                continue
             try:
                 texts.append(json.loads(row)["text"])
                 texts[-1].encode()
@@ -192,9 +195,9 @@ def read_parquet(name, open_file):
     try:
         with open_file() as file:
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=2048, columns=["text"]):
-                rows = [row or "" for row in batch.column(0).to_pylist()]
+                rows = [row or "" for row in batch.column(0).cast(pyarrow.string()).to_pylist()]
                 yield rows, sum(map(len, rows))
-    except (pyarrow.ArrowException, IndexError, OSError) as error:
+    except (pyarrow.ArrowException, IndexError, OSError, UnicodeDecodeError) as error:
         raise UserError(f'{name} is not a parquet file with a column "text" ({first_line(error)})') from None
 
 
@@ -217,18 +220,16 @@ READERS = {"jsonl": read_jsonl, "parquet": read_parquet}
 
 
 def folder_files(path):
-    """{name: (size, function that opens it for reading bytes)} of the files in a folder or a zip."""
+    """{name: (size, function that opens it for reading bytes)} of a folder's files, or a zip's at any depth."""
     if path.is_dir():
         return {f.name: (f.stat().st_size, lambda f=f: open(f, "rb")) for f in sorted(path.iterdir())}
     archive = zipfile.ZipFile(path)
     members = [m for m in archive.infolist() if not m.is_dir() and "__MACOSX" not in m.filename]
-    return {os.path.basename(m.filename): (m.file_size, lambda m=m: archive.open(m)) for m in members}
+    return {m.filename: (m.file_size, lambda m=m: archive.open(m)) for m in members}
 
 
 def source_splits(path, val_fraction):
     """{split: (bytes, iterator of blocks)} of what lies at path: a folder, the zip of one, or one text file."""
-    if not path.exists():
-        raise UserError(f"there is nothing at {path}; --source takes a folder, a zip or a text file")
     if path.is_file() and not zipfile.is_zipfile(path):
         if path.suffix in (".parquet", ".jsonl"):
             raise UserError(f"{path} is one split; put it into a folder as train{path.suffix} beside a "
@@ -241,7 +242,7 @@ def source_splits(path, val_fraction):
         }
     files, found = folder_files(path), {}
     for name, (size, open_file) in sorted(files.items()):
-        if match := FILE_NAME.fullmatch(name):
+        if match := FILE_NAME.fullmatch(os.path.basename(name)):
             split, _, shards, kind = match.groups()
             split = "val" if split.startswith("val") else split
             found.setdefault(split, []).append((name, size, open_file, kind, int(shards or 1)))
@@ -370,7 +371,7 @@ def fingerprint(path, val_fraction):
     digest, files = hashlib.sha256(), [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if FILE_NAME.fullmatch(file.name))
-    for file in files if path.exists() else ():
+    for file in files:
         digest.update(f"{file.name} {val_fraction if file is path else ''}".encode())
         with open(file, "rb") as f:
             while block := f.read(BLOCK):
@@ -384,7 +385,7 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
     source: None for the hub or the demo's own text, else a path. separator: None is newline for demo, else none.
     num_workers: threads that encode, 0 for one a core. Raises UserError; returns meta.
     """
-    if dataset not in (*HUB_CONFIGS, "demo") and source is None:
+    if dataset not in (*HUB_CONFIGS, "demo") and not source:
         raise UserError(f"unknown data set {dataset}; there are {', '.join(HUB_CONFIGS)} and demo, or your own text: "
                         f"`python prepare.py {dataset} --source PATH`")
     if dataset in ("", ".", "..") or re.search(r"[/\\]", dataset):
@@ -392,7 +393,10 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
     if not 0 < val_fraction < 1 or num_workers < 0:
         raise UserError("--val_fraction must be between 0 and 1, and --num_workers 0 or more")
     separator = separator or ("newline" if dataset == "demo" else "none")
-    folder, part, path = Path(data_dir, dataset), Path(data_dir, f".{dataset}.partial"), source and Path(source)
+    folder, part = Path(data_dir, dataset), Path(data_dir, f".{dataset}.partial")
+    path = Path(source) if source else None
+    if path and not path.exists():
+        raise UserError(f"there is nothing at {path}; --source takes a folder, a zip or a text file")
     if path and dataset in HUB_CONFIGS and (path / HUB_CONFIGS[dataset]).is_dir():  # a clone of the hub's repository
         path = path / HUB_CONFIGS[dataset]
     workers = num_workers or cpu_cores()
@@ -416,6 +420,8 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
                                 "puts this one elsewhere")
             print(f"{folder} is already prepared: {was}")
             return meta
+        if not force and any((folder / f"{split}.bin").exists() for split in SPLITS):
+            raise UserError(f"{folder} holds token files without a meta.json; --force replaces them")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         encoding = load_tokenizer()
@@ -430,9 +436,15 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
                 raise UserError(f"the {split} split of {origin['name']} holds no text; give a --source that does")
             meta["splits"][split] = counts
         (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(part, folder)
-    except (OSError, zipfile.BadZipFile) as error:
+        if folder.exists():  # what else lies there is the user's; without meta.json it counts as not prepared
+            (folder / "meta.json").unlink(missing_ok=True)
+            for split in SPLITS:
+                (folder / f"{split}.bin").unlink(missing_ok=True)
+            for name in (*(f"{split}.bin" for split in splits), "meta.json"):
+                os.replace(part / name, folder / name)
+        else:
+            os.rename(part, folder)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         mend = "free some space and run it again" if full else "mend that and run it again"
         raise UserError(f"cannot prepare {dataset}: {first_line(error)}; nothing was kept; {mend}") from None

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ class Config:
     save_interval: int = setting(500, "write last.pt every so many steps as well as before evaluations (0: not)", low=0)
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", low=1)
     # system
-    device: str = setting("auto", "auto, cpu, cuda or mps; auto is CUDA where there is one, else the CPU")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, else the CPU")
     dtype: str = setting(
         "auto",
         "of the matmuls; auto: bfloat16 where it is native, float16 with a scaler on older GPUs, else float32",
@@ -137,7 +138,7 @@ def problems_of(values):
     c = Config(**good)
     numbers = all(isinstance(value, (int, float)) for value in c.expected_ppl)
     expected = numbers and len(c.expected_ppl) == 2 and 1 <= c.expected_ppl[0] <= c.expected_ppl[1]
-    device = c.device.split(":")[0] in ("auto", "cpu", "cuda", "mps")
+    device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device)
     for names, fine, phrase in (
         ("d_model num_heads", c.d_model % c.num_heads == 0,
          f"num_heads {c.num_heads} does not divide d_model {c.d_model}"),
@@ -149,7 +150,7 @@ def problems_of(values):
         ("max_steps warmup_steps", not c.max_steps or c.warmup_steps < c.max_steps,
          f"warmup_steps {c.warmup_steps} leaves nothing of max_steps {c.max_steps}"),
         ("expected_ppl", not c.expected_ppl or expected, f"expected_ppl is (low, high), not {c.expected_ppl}"),
-        ("device", device, f"device is auto, cpu, cuda or mps, not {c.device!r}"),
+        ("device", device, f"device is auto, cpu, cuda, cuda:N or mps, not {c.device!r}"),
     ):
         if not fine and all(name in good or name not in values for name in names.split()):
             problems.append(phrase)

@@ -51,6 +51,7 @@ def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
         ("expected_ppl = (42, 35)", "is (low, high)"),
         ("expected_ppl = ('a', 'b')", "is (low, high)"),
         ("device = 'tpu'", "device is auto"),
+        ("device = 'cuda:first'", "device is auto"),
         ("d_model = 0", "at least 1"),
         ("batch_size = 2\nmicro_batch_size = 3", "larger than batch_size"),
         ("learning_rate = 1e-4\nmin_learning_rate = 1e-3", "is above learning_rate"),

@@ -89,7 +89,7 @@ def as_txt(folder):
 
 def as_jsonl(folder):
     for name, rows in (("train", TRAIN), ("validation", VAL)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows) + "\n")
 
 
 def as_shards(folder):
@@ -149,6 +149,39 @@ def test_prepared_and_unchanged_is_left_alone(tmp_path, capsys):
     assert load_meta("own", data)["splits"]["val"]["words"] == 1
 
 
+def test_a_user_s_own_files_in_the_target_folder_are_left_alone(encoding, tmp_path):
+    """The text may lie where its token files will: data/own/wiki.train.raw, --source data/own."""
+    (tmp_path / "data").mkdir()
+    folder = write_raw(tmp_path / "data/own")
+    for force in (False, True):
+        prepare.prepare("own", folder, data_dir=tmp_path / "data", force=force)
+        assert (folder / "wiki.train.raw").read_text(encoding="utf-8") == "".join(TRAIN)
+        assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(encoding, TRAIN, "none")
+    (folder / "meta.json").unlink()
+    (folder / "train.bin").write_bytes(b"another program's")
+    with pytest.raises(UserError, match="token files without a meta.json; --force"):
+        prepare.prepare("own", folder, data_dir=tmp_path / "data")
+    assert (folder / "train.bin").read_bytes() == b"another program's"
+
+
+def test_a_split_that_the_new_source_lacks_does_not_stay_behind(tmp_path):
+    source = write_raw(tmp_path / "src")
+    (source / "wiki.test.raw").write_text("a test\n")
+    prepare.prepare("own", source, data_dir=tmp_path / "data")
+    (source / "wiki.test.raw").unlink()
+    prepare.prepare("own", source, data_dir=tmp_path / "data", force=True)
+    assert sorted(f.name for f in (tmp_path / "data/own").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_a_zip_with_two_candidates_is_not_guessed_at(tmp_path):
+    with zipfile.ZipFile(tmp_path / "both.zip", "w") as archive:
+        for folder in ("wikitext-2-raw", "wikitext-103-raw"):
+            archive.writestr(f"{folder}/wiki.train.raw", "".join(TRAIN))
+            archive.writestr(f"{folder}/wiki.valid.raw", "".join(VAL))
+    with pytest.raises(UserError, match="wikitext-103-raw/wiki.train.raw, wikitext-2-raw/wiki.train.raw"):
+        prepare.prepare("own", tmp_path / "both.zip", data_dir=tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     "spoil, says",
     [
@@ -163,6 +196,8 @@ def test_prepared_and_unchanged_is_left_alone(tmp_path, capsys):
         (lambda s: [(s / "wiki.train.raw").unlink(), (s / "wiki.train.raw").mkdir()], "cannot prepare"),
         (lambda s: [(s / "wiki.train.raw").unlink(), (s / "train.parquet").write_text("x")], "parquet"),
         (lambda s: [(s / "wiki.train.raw").unlink(), (s / "train.jsonl").write_text('{"text": 1}')], "line 1"),
+        (lambda s: [(s / "wiki.train.raw").unlink(), pq.write_table(pa.table({"text": [[1]]}), s / "train.parquet")],
+         'column "text"'),
     ],
 )
 def test_bad_sources_end_in_one_line_and_leave_nothing(tmp_path, spoil, says):
@@ -186,6 +221,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 def test_mistakes_on_the_command_line(script):
     assert "unknown data set" in script("prepare.py", "wikitext-1", code=2).stderr
+    assert "unknown data set" in script("prepare.py", "own", "--source", "", code=2).stderr
     assert "nothing at nowhere" in script("prepare.py", "own", "--source", "nowhere", code=2).stderr
     assert "val_fraction" in script("prepare.py", "own", "--source", ".", "--val_fraction", "2", code=2).stderr
     assert "cannot name a folder" in script("prepare.py", "../own", "--source", ".", code=2).stderr
