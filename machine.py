@@ -1,5 +1,6 @@
 """Where a process runs: its device, the dtype of its matmuls, its place among the ranks that torchrun started."""
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ class Machine:
     world: int = 1
     local_world: int = 1
 
+    def __str__(self):
+        return f"{self.world} x {self.device.type}, {str(self.dtype)[6:]}"
+
     def autocast(self):
         """The context in which matmuls run in dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -33,6 +37,19 @@ class Machine:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op)
         return tensor.tolist()
+
+    def gather(self, value):
+        """The value of every rank, a list."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self):
+        """Until the device has done what it was given, so that a clock is true."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
 
     def say(self, *words):
         """Print on rank 0 alone, at once."""
@@ -48,8 +65,11 @@ def bfloat16_is_native(device):
     return device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in supported)
 
 
+@contextlib.contextmanager
 def open_machine(config):
-    """The Machine of this process; joins the ranks if torchrun started it. Raises UserError."""
+    """The Machine of this process; joins the ranks if torchrun started it, and leaves them. Raises UserError."""
+    # huge pages for large tensors, read at the first allocation: a step's fresh buffers cost a fifth as much to touch
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     kind, _, index = config.device.partition(":")
@@ -79,29 +99,37 @@ def open_machine(config):
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return Machine(device, getattr(torch, dtype), rank, world, local_world)
+    try:
+        yield Machine(device, getattr(torch, dtype), rank, world, local_world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
 
 
 def micro_batch_size(config, model, machine):
-    """Sequences a forward pass: as configured, else as many of this rank's rows as fit into the device's memory, cut
-    into equal parts. Depends on the device's size, not on what is free just now, so that a resumed run cuts alike."""
-    rows = math.ceil(config.batch_size / machine.world)
+    """Sequences a forward pass: as configured, else as many of this rank's rows as fit into the device's memory (on a
+    CPU 2,048 tokens of them), in equal parts. Depends on the device's size, not on what is free just now, so that a
+    resumed run cuts alike."""
+    all_rows = rows = math.ceil(config.batch_size / machine.world)
     if config.micro_batch_size:
         return min(config.micro_batch_size, rows)
     if machine.device.type == "cuda":
         budget = 0.8 * torch.cuda.get_device_properties(machine.device).total_memory
     else:
+        rows = min(rows, max(1, 2048 // config.max_seq_len))  # more would be no faster, and take more memory
         budget = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.local_world
     fits = next((n for n in range(rows, 1, -1) if model.memory_bytes(n, machine.dtype) <= budget), 1)
-    return math.ceil(rows / math.ceil(rows / fits))
+    return math.ceil(all_rows / math.ceil(all_rows / fits))
 
 
 def compile_blocks(model, machine):
-    """torch.compile the model's hidden(), in place; where there is no compiler, one line, and it stays as it is."""
+    """torch.compile the model's hidden(), in place, and say whether that worked; where there is no compiler, one line,
+    and it stays as it is."""
     try:
         torch.compile(lambda x: x.cos() + 1)(torch.zeros(8, device=machine.device))
     except Exception as error:  # the compiler's back ends fail in their own ways
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         machine.say(f"torch.compile does not work here ({why[:150]}); going on without it")
-    else:
-        model.hidden = torch.compile(model.hidden)
+        return False
+    model.hidden = torch.compile(model.hidden)
+    return True

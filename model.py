@@ -13,6 +13,39 @@ import torch.nn.functional as F
 from config import UserError
 
 
+def causal_attention(q, k, v):
+    """Causal attention, no dropout inside: it would take the fused kernels away. All (B, H, T, D / H).
+
+    On a CPU, blocks of rows, each over the columns that it may see, as plain batched matmuls: with the backward pass
+    twice as fast in bfloat16 as the flash kernel there, at the cost of keeping the weights.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    shape, rows = q.shape, 128
+    q, k, v = (t.flatten(0, 1) for t in (q * shape[-1] ** -0.5, k, v))
+    mask = q.new_full((rows, rows), -math.inf).triu(1)
+    blocks = []
+    for start in range(0, shape[2], rows):
+        end = min(start + rows, shape[2])
+        scores = q[:, start:end] @ k[:, :end].mT
+        scores[:, :, start:] += mask[: end - start, : end - start]
+        blocks.append(scores.softmax(-1, dtype=q.dtype) @ v[:, :end])
+    return torch.cat(blocks, 1).view(shape)
+
+
+class Dropout(nn.Dropout):
+    """Dropout that on a CPU takes sixteen random bits a number, where torch's draws a double: four times as fast. p is
+    rounded to a multiple of 2**-16."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return super().forward(x)
+        dropped = min(round(self.p * 65536), 65535)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
+        return x * (keep.to(x.dtype) * (65536 / (65536 - dropped)))
+
+
 class Block(nn.Module):
     """One transformer block, pre-norm: causal attention, then a GELU MLP, each added to the residual stream."""
 
@@ -25,15 +58,13 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp_in = nn.Linear(d_model, d_ff)
         self.mlp_out = nn.Linear(d_ff, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, D)."""
         B, T, D = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
-        # no dropout inside attention: it would take the fused kernels away
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = causal_attention(*qkv.permute(2, 0, 3, 1, 4))  # each (B, H, T, D / H)
         y = y.transpose(1, 2).reshape(B, T, D)
         x = x + self.dropout(self.attention_out(y))
         y = F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh")
@@ -55,7 +86,7 @@ class LanguageModel(nn.Module):
         )
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_seq_len, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(d_model)
         self.head_bias = nn.Parameter(torch.zeros(vocab_size))
@@ -91,8 +122,8 @@ class LanguageModel(nn.Module):
     def token_losses(self, tokens, targets):
         """The loss of every token by itself, nats: (B, T), (B, T) int64 -> (B, T) float32. No gradients."""
         x = self.hidden(tokens).flatten(0, 1)
-        chunks = head_chunks(x, self.token_embedding.weight, self.head_bias, targets.flatten())
-        return torch.cat([losses for losses, *_ in chunks]).view(tokens.shape)
+        losses, *_ = head_loss(x, self.token_embedding.weight, self.head_bias, targets.flatten(), gradients=False)
+        return losses.view(tokens.shape)
 
     def count(self):
         """Parameters, counted once each: a dict of total, embeddings (token and position), head_bias and blocks."""
@@ -112,73 +143,86 @@ class LanguageModel(nn.Module):
         """Bytes, roughly, that training takes with `rows` sequences a forward pass, matmuls in dtype."""
         a, size = self.args, 4 if dtype == torch.float32 else 2
         block = (10 * a["d_model"] + 3 * a["d_ff"]) * size + 10 * a["d_model"]  # kept for backward, a token
-        activations = rows * a["max_seq_len"] * (a["num_layers"] * block + 24 * a["d_model"])
-        return 20 * self.count()["total"] + activations + 2 * chunk_bytes(self.head_bias.device.type)
+        tokens, V = rows * a["max_seq_len"], a["vocab_size"]
+        logits, softmax = head_rows(self.head_bias.device.type, V, tokens)
+        activations = tokens * (a["num_layers"] * block + 24 * a["d_model"])
+        return 20 * self.count()["total"] + activations + logits * V * size + softmax * V * 4
 
 
-def chunk_bytes(device_type):
-    """How many bytes of float32 logits the head forms at a time: near the cache's size on a CPU, many on a GPU."""
-    return 64 << 20 if device_type == "cpu" else 512 << 20
+def head_rows(device_type, vocab_size, N):
+    """How many of N rows of logits the head forms at a time, and how many of those its softmax takes at a time: the
+    matmuls want many, in equal parts; the softmax, float32, wants to stay in a CPU's cache."""
+    most = max(1, (1 << 26 if device_type == "cpu" else 1 << 27) // vocab_size)
+    rows = math.ceil(N / math.ceil(N / most))
+    return rows, min(rows, 32) if device_type == "cpu" else rows
 
 
-def head_chunks(x, weight, bias, targets):
-    """Go through the head in chunks of rows, so that the (N, V) logits never exist.
+def head_loss(x, weight, bias, targets, gradients):
+    """The head and its cross-entropy in chunks of rows, so that the (N, V) logits never exist.
 
-    x (N, D), weight (V, D), bias (V,), targets (N,) int64; matmuls in autocast's dtype where autocast is on, the
-    softmax in float32. Yields (losses (n,) in nats, rows: slice, xs (n, D), weight (V, D) as the matmul took them,
-    exps (n, V), sums (n, 1)): the softmax is exps / sums. exps is one buffer that the next chunk overwrites, and
-    autocast stays off for what the caller does between chunks.
+    x (N, D), weight (V, D), bias (V,) float32, targets (N,) int64; the matmuls in autocast's dtype where autocast is
+    on, bias, softmax and every sum in float32. Returns the losses (N,) float32, nats, and the gradients of their sum
+    in x, weight and bias if `gradients`, else three None. The idea of forming gradients in the forward pass is
+    Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
     """
-    kind = x.device.type
+    kind, (N, D), V = x.device.type, x.shape, len(weight)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    rows = max(1, chunk_bytes(kind) // (4 * weight.shape[0]))
+    full = torch.promote_types(dtype, torch.float32)
+    rows, block = head_rows(kind, V, N)
+    padded = -(-V // 64) * 64  # matmul kernels want a multiple of 64; the words that are none get a bias of -inf
     with torch.autocast(kind, enabled=False):
-        x, weight = x.to(dtype), weight.to(dtype)
-        buffer = torch.empty(min(rows, len(x)), weight.shape[0], dtype=torch.float32, device=x.device)
-        for start in range(0, len(x), rows):
-            part = slice(start, min(start + rows, len(x)))
-            exps = buffer[: part.stop - start]
-            if dtype == torch.float32:  # not addmm, which would copy the bias into every row first
-                torch.mm(x[part], weight.t(), out=exps).add_(bias)
-            else:
-                torch.add(x[part] @ weight.t(), bias, out=exps)
-            picked = exps.gather(1, targets[part, None])
-            top = exps.amax(1, keepdim=True)
-            sums = exps.sub_(top).exp_().sum(1, keepdim=True)
-            yield (sums.log() + top - picked).squeeze(1), part, x[part], weight, exps, sums
+        low_x, low_weight = x.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, padded - V))
+        bias = F.pad(bias, (0, padded - V), value=-math.inf)
+        losses = x.new_empty(N, dtype=full)
+        logits = x.new_empty(rows, padded, dtype=dtype)
+        exact = x.new_empty(block, padded, dtype=full) if dtype != full else None
+        if gradients:
+            grad_x, low_grad = torch.empty_like(x), torch.empty_like(low_weight)
+            grad_weight, grad_bias = bias.new_zeros(padded, D), torch.zeros_like(bias)
+        for start in range(0, N, rows):
+            xs = low_x[start : start + rows]
+            chunk = torch.mm(xs, low_weight.t(), out=logits[: len(xs)])
+            for i in range(0, len(xs), block):
+                low = chunk[i : i + block]
+                part = slice(start + i, start + i + len(low))
+                p = low if exact is None else exact[: len(low)].copy_(low)
+                p.add_(bias)
+                picked, top = p.gather(1, targets[part, None]), p.amax(1, keepdim=True)
+                torch.softmax(p, 1, out=p)
+                # the likeliest word's probability is at least 1 / V, and so gives log-sum-exp in full precision
+                losses[part] = (top - p.amax(1, keepdim=True).log() - picked).squeeze(1)
+                if gradients:  # of the logits: the softmax, less one at the target
+                    p.scatter_add_(1, targets[part, None], p.new_full((len(p), 1), -1))
+                    grad_bias += p.sum(0)
+                    if low is not p:
+                        low.copy_(p)
+            if gradients:
+                grad_x[start : start + rows] = chunk @ low_weight
+                torch.mm(chunk.t(), xs, out=low_grad)
+                for into, part in zip(grad_weight.split(4096), low_grad.split(4096), strict=True):
+                    into += part  # in parts, since a sum of two dtypes makes a copy first
+    return (losses, grad_x, grad_weight[:V], grad_bias[:V]) if gradients else (losses, None, None, None)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of the tied head, its gradients formed chunk by chunk in the forward pass.
+    """Mean cross-entropy of the tied head, its gradients formed in the forward pass by head_loss.
 
-    x (N, D), weight (V, D) float32, bias (V,) float32, targets (N,) int64 -> 0-d float32, nats a token. The idea is
-    Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
+    x (N, D), weight (V, D) float32, bias (V,) float32, targets (N,) int64 -> 0-d float32, nats a token.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
-        total = torch.zeros((), device=x.device)
-        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-        for losses, rows, xs, w, exps, sums in head_chunks(x, weight, bias, targets):
-            total += losses.sum()
-            # d loss / d logits, times N: softmax, less one at the target. Divided by N only after the matmuls, since
-            # float16 would lose the small ones
-            exps.div_(sums).scatter_add_(1, targets[rows, None], torch.full_like(sums, -1))
-            grad_bias += exps.sum(0)
-            low = exps.to(xs.dtype)  # itself, where the matmuls are float32
-            grad_x[rows] = low @ w
-            if low is exps:
-                grad_weight.addmm_(low.t(), xs)
-            else:
-                grad_weight += low.t() @ xs
-        ctx.save_for_backward(grad_x.div_(len(x)), grad_weight.div_(len(x)), grad_bias.div_(len(x)))
-        return total / len(x)
+        losses, *ctx.gradients = head_loss(x, weight, bias, targets, gradients=True)
+        return losses.mean()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad_x, grad_weight, grad_bias = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, grad_bias * grad, None
+        # in place, since a copy of the weight's gradient costs more than the product; divided by N only here, since
+        # float16 would have lost the small ones in the matmuls
+        gradients, ctx.gradients = ctx.gradients, None
+        scale = grad / len(gradients[0])
+        return *(g.mul_(scale) for g in gradients), None
 
 
 def save_checkpoint(checkpoint, path, keep=None):

@@ -177,7 +177,7 @@ def plan(config, meta, batches, total_steps, model, micro, machine):
     run_tokens, flops, over = total_steps * step_tokens, model.flops_per_token(), 20 * n["total"] / tokens
     times = f"{over:.1f} times over" if over > 1 else f"{1 / over:.1f} times under"
     lines = {
-        "run": f"{config.out_dir} on {machine.world} x {machine.device.type}, {str(machine.dtype)[6:]}",
+        "run": f"{config.out_dir} on {machine}",
         "parameters": f"{n['total']:,}: embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, "
         f"blocks {n['blocks']:,}",
         "data": f"{config.dataset}: {tokens:,} training tokens, {meta['splits']['val']['tokens']:,} validation tokens",
@@ -224,8 +224,41 @@ def resume_command(argv, machine):
     return " ".join([start, "train.py", *(word for word in argv if word != "--resume"), "--resume"])
 
 
-def take_step(config, machine, model, optimizer, scaler, batches, step, lr, micro):
+@dataclass
+class Training:
+    """What takes a step: the model, what is called in its place (DDP's wrapper over ranks), and what updates it."""
+
+    model: LanguageModel
+    stepped: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    micro: int  # sequences a forward pass
+    compiled: bool
+
+
+def new_model(config, vocab_size):
+    """A model with the config's shape and its seed's weights, on the CPU."""
+    torch.manual_seed(config.seed)
+    return LanguageModel(vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff,
+                         config.num_layers, config.dropout)
+
+
+def prepare_training(config, machine, model):
+    """The Training of a model that is on its device."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate,
+                                  betas=(config.beta1, config.beta2), fused=True)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    wanted = machine.device.type == "cuda" if config.compile is None else config.compile
+    compiled = wanted and compile_blocks(model, machine)
+    stepped = model
+    if machine.world > 1:
+        stepped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return Training(model, stepped, optimizer, scaler, micro_batch_size(config, model, machine), compiled)
+
+
+def take_step(config, machine, training, batches, step, lr):
     """One optimizer step; (this rank's share of the batch's mean loss, the gradient's norm), on the device."""
+    stepped, optimizer, scaler = training.stepped, training.optimizer, training.scaler
     seed = np.random.SeedSequence([config.seed, step, machine.rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(seed[0]))  # dropout's
     for group in optimizer.param_groups:
@@ -233,18 +266,18 @@ def take_step(config, machine, model, optimizer, scaler, batches, step, lr, micr
     rows = batches.batch(step, machine.rank, machine.world)
     if machine.device.type == "cuda":
         rows = rows.pin_memory()
-    parts = rows.to(machine.device, non_blocking=True).split(micro)
+    parts = rows.to(machine.device, non_blocking=True).split(training.micro)
     total = torch.zeros((), device=machine.device)
     for i, part in enumerate(parts):
         # DDP averages over ranks at the last backward pass; no_sync must enclose forward and backward
         quiet = machine.world > 1 and i < len(parts) - 1
-        with model.no_sync() if quiet else contextlib.nullcontext():
+        with stepped.no_sync() if quiet else contextlib.nullcontext():
             with machine.autocast():
-                loss = model(part[:, :-1], part[:, 1:]) * (len(part) / config.batch_size)
+                loss = stepped(part[:, :-1], part[:, 1:]) * (len(part) / config.batch_size)
             scaler.scale(loss * machine.world).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(training.model.parameters(), config.grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -254,13 +287,8 @@ def take_step(config, machine, model, optimizer, scaler, batches, step, lr, micr
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = load_config(argv)
-    machine = open_machine(config)
-    try:
-        with StopFlag() as stop:
-            return train(config, machine, stop, resume_command(argv, machine))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with open_machine(config) as machine, StopFlag() as stop:
+        return train(config, machine, stop, resume_command(argv, machine))
 
 
 def train(config, machine, stop, again):
@@ -280,16 +308,11 @@ def train(config, machine, stop, again):
         raise UserError(f"warmup_steps {config.warmup_steps} leaves nothing of the run's {total_steps} steps; "
                         f"use --warmup_steps {total_steps // 10}")
 
-    torch.manual_seed(config.seed)
-    model = LanguageModel(meta["vocab_size"], config.max_seq_len, config.d_model, config.num_heads, config.d_ff,
-                          config.num_layers, config.dropout).to(machine.device)
+    model = new_model(config, meta["vocab_size"]).to(machine.device)
     micro = micro_batch_size(config, model, machine)
     machine.say(plan(config, meta, batches, total_steps, model, micro, machine))
     if config.dry_run:
         return 0
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate,
-                                  betas=(config.beta1, config.beta2), fused=True)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = State()
 
     last, prev, best, metrics = (f"{config.out_dir}/{n}" for n in ("last.pt", "prev.pt", "best.pt", "metrics.jsonl"))
@@ -301,9 +324,6 @@ def train(config, machine, stop, again):
         checkpoint = load_checkpoint(found)
         if changed := differences(checkpoint["config"], dataclasses.asdict(config)):
             raise UserError(f"{found} is of another experiment: {'; '.join(changed)}; undo it or change --out_dir")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
         state = State(**checkpoint["state"])
         over = why_over(state, config, total_steps)
         if over and state.evaluated_step == state.step:
@@ -313,11 +333,12 @@ def train(config, machine, stop, again):
     elif config.resume:
         machine.say(f"no checkpoint in {config.out_dir} yet; beginning at step 0")
 
-    if config.compile or (config.compile is None and machine.device.type == "cuda"):
-        compile_blocks(model, machine)
-    stepped = model
-    if machine.world > 1:
-        stepped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    training = prepare_training(config, machine, model)
+    if found:
+        model.load_state_dict(checkpoint["model"])
+        training.optimizer.load_state_dict(checkpoint["optimizer"])
+        training.scaler.load_state_dict(checkpoint["scaler"])
+        del checkpoint
     if machine.rank == 0:
         os.makedirs(config.out_dir, exist_ok=True)
         keep_metrics(metrics, state)
@@ -356,8 +377,8 @@ def train(config, machine, stop, again):
         nonlocal saved
         take_losses()
         if machine.rank == 0 and saved != (state.step, state.evaluated_step):
-            save_checkpoint(contents(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                     state=dataclasses.asdict(state)), last, keep=prev)
+            save_checkpoint(contents(optimizer=training.optimizer.state_dict(), state=dataclasses.asdict(state),
+                                     scaler=training.scaler.state_dict()), last, keep=prev)
         saved = (state.step, state.evaluated_step)
 
     bar = progress(total_steps, "training", initial=state.step, unit="step", disable=machine.rank > 0)
@@ -391,7 +412,7 @@ def train(config, machine, stop, again):
 
         clock = time.perf_counter()
         lr = lr_at(state.step, config, total_steps)
-        loss, norm = take_step(config, machine, stepped, optimizer, scaler, batches, state.step, lr, micro)
+        loss, norm = take_step(config, machine, training, batches, state.step, lr)
         losses.append(loss)
         state.step, interval = state.step + 1, interval + 1
         log_due = state.step % config.log_interval == 0
