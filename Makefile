@@ -1,7 +1,8 @@
-# make demo | make test | make lint | make setup. Needs Python >= 3.10, git and make; each installs what it needs.
+# make demo | make test | make lint | make setup | make torture. Each installs what it needs; Python >= 3.10, git and
+# make must be there.
 PYTHON ?= python3
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint setup torture
 
 demo: .venv/installed
 	.venv/bin/python prepare.py demo
@@ -29,3 +30,6 @@ setup: .venv/installed-dev
 .venv/installed-dev: requirements-dev.txt .venv/installed
 	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
+
+torture: .venv/installed-dev
+	.venv/bin/python tests/torture.py

@@ -3,6 +3,9 @@
 import contextlib
 import math
 import os
+import re
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
+from data import first_line
 from prepare import cpu_cores
 
 
@@ -51,10 +55,32 @@ class Machine:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
-    def say(self, *words):
+    def agree(self, values):
+        """Raise UserError, on every rank, if a rank's dict of values is not rank 0's, and name it."""
+        first, *others = self.gather(values)
+        for rank, theirs in enumerate(others, 1):
+            if differ := [f"{k} {theirs[k]!r} there, {first[k]!r} here" for k in first if theirs[k] != first[k]]:
+                raise UserError(f"rank {rank} was started otherwise than rank 0: {'; '.join(differ)}; start all ranks "
+                                "with one command, on one data set")
+
+    def from_rank_0(self, function):
+        """What function() returns on rank 0, on every rank; a UserError that it raises there, too."""
+        result = [None]
+        if self.rank == 0:
+            try:
+                result = [function()]
+            except UserError as error:
+                result = [error]
+        if self.world > 1:
+            dist.broadcast_object_list(result)
+        if isinstance(result[0], UserError):
+            raise result[0]
+        return result[0]
+
+    def say(self, *words, **kwargs):
         """Print on rank 0 alone, at once."""
         if self.rank == 0:
-            print(*words, flush=True)
+            print(*words, flush=True, **kwargs)
 
 
 def bfloat16_is_native(device):
@@ -98,9 +124,24 @@ def open_machine(config):
         dtype = "bfloat16" if bfloat16_is_native(device) else "float16" if kind == "cuda" else "float32"
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(minutes=config.rank_timeout))
+        roll_call = dist.new_group(backend="gloo", timeout=timedelta(seconds=15))
     try:
         yield Machine(device, getattr(torch, dtype), rank, world, local_world)
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or re.search("gloo|nccl|connection closed|timed out", str(error), re.I)
+        if world == 1 or not lost:
+            raise
+        missing = ""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank while it asks
+        try:  # who does not answer? in a group of its own, since the one that broke is of no more use
+            patience = timedelta(seconds=min(10, 60 * config.rank_timeout))
+            dist.monitored_barrier(roll_call, timeout=patience, wait_all_ranks=True)
+        except RuntimeError as silent:
+            missing = str(silent).splitlines()[0]
+        print(f"error: rank {rank} of {world} lost another rank ({missing or first_line(error)}); the last checkpoint "
+              "is whole: start again with --resume, or use torchrun --max-restarts", file=sys.stderr, flush=True)
+        os._exit(1)  # the other ranks' threads would wait for ever
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -4,13 +4,10 @@ Shapes: B sequences, T tokens, D = d_model, H heads, V = vocab_size; N = B * T r
 """
 
 import math
-import os
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from config import UserError
 
 
 def causal_attention(q, k, v):
@@ -213,7 +210,8 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
         losses, *ctx.gradients = head_loss(x, weight, bias, targets, gradients=True)
-        return losses.mean()
+        ctx.loss = losses.mean()
+        return ctx.loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -221,46 +219,6 @@ class HeadLoss(torch.autograd.Function):
         # in place, since a copy of the weight's gradient costs more than the product; divided by N only here, since
         # float16 would have lost the small ones in the matmuls
         gradients, ctx.gradients = ctx.gradients, None
-        scale = grad / len(gradients[0])
+        # a loss that is not finite makes its gradients so, and by them every rank sees it
+        scale = grad / len(gradients[0]) + (ctx.loss - ctx.loss)
         return *(g.mul_(scale) for g in gradients), None
-
-
-def save_checkpoint(checkpoint, path, keep=None):
-    """Write a checkpoint under a temporary name, fsync it and rename it: path is whole at every moment.
-
-    keep: a path that what was at path is renamed to.
-    """
-    part = f"{path}.part"
-    with open(part, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep and os.path.exists(path):
-        os.replace(path, keep)
-    os.replace(part, path)
-
-
-def load_checkpoint(path):
-    """A checkpoint's dict, its tensors on the CPU. Executes nothing from the file: weights_only. Raises UserError."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}; `python train.py config/demo.py` makes one") from None
-    except (PermissionError, IsADirectoryError) as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
-    except Exception:
-        checkpoint = None  # torn, empty, or another program's: torch.load has as many exceptions as ways to be so
-    if not isinstance(checkpoint, dict) or not {"model", "model_args", "step"} <= checkpoint.keys():
-        raise UserError(f"{path} is not a whole checkpoint of this program; remove it, or name another")
-    return checkpoint
-
-
-def load_model(path):
-    """(LanguageModel in eval mode on the CPU, the checkpoint's dict without its weights). Raises UserError."""
-    checkpoint = load_checkpoint(path)
-    try:
-        model = LanguageModel(**checkpoint["model_args"])
-        model.load_state_dict(checkpoint.pop("model"))
-    except (TypeError, RuntimeError, AttributeError):
-        raise UserError(f"{path} holds another model than this program's; name another checkpoint") from None
-    return model.eval(), checkpoint

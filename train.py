@@ -10,67 +10,27 @@ else, and a resumed run is the same run.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from checkpoint import State, differences, load_newest, read_metrics, save_checkpoint
 from config import UserError, load_config, run
+from data import Batches, load_meta, load_tokens
 from machine import compile_blocks, micro_batch_size, open_machine
-from model import LanguageModel, load_checkpoint, save_checkpoint
-from prepare import load_meta, load_tokens, progress
-
-# Settings that may differ between a checkpoint and the run that goes on from it: they extend it or steer the machine,
-# and leave the experiment what it is. All others must be the same.
-FREE = {
-    "data_dir", "out_dir", "micro_batch_size", "epochs", "max_steps", "max_hours", "patience", "eval_interval",
-    "save_interval", "log_interval", "device", "dtype", "compile", "resume", "dry_run", "expected_ppl", "recorded_ppl",
-}
-
+from model import LanguageModel
+from prepare import progress
 
 # --- the experiment, as pure functions ------------------------------------------------------------------------------
-
-
-class Batches:
-    """The order of a run's training windows, a pure function of (seed, i).
-
-    Each epoch takes the tokens as a ring, cuts it at a random phase into windows of max_seq_len and shuffles them;
-    a batch is the next batch_size windows, and one that begins in one epoch may end in the next. So every token is a
-    target once an epoch, but for the remainder shorter than a window, which lies elsewhere in each epoch.
-    """
-
-    def __init__(self, tokens, max_seq_len, batch_size, seed):
-        self.tokens, self.max_seq_len, self.batch_size, self.seed = tokens, max_seq_len, batch_size, seed
-        self.windows = len(tokens) // max_seq_len  # an epoch
-        self.shuffled = {}  # epoch -> its windows' starts; the last two that were asked for
-
-    def starts(self, epoch):
-        """Where an epoch's windows begin, in its order: (windows,) int64."""
-        if epoch not in self.shuffled:
-            random = np.random.RandomState([self.seed, epoch])  # its stream is fixed for ever (NEP 19)
-            phase = random.randint(len(self.tokens))
-            order = phase + random.permutation(self.windows) * self.max_seq_len
-            self.shuffled = dict(list(self.shuffled.items())[-1:]) | {epoch: order % len(self.tokens)}
-        return self.shuffled[epoch]
-
-    def batch(self, i, rank=0, world=1):
-        """The rows of batch i that are this rank's: (rows, max_seq_len + 1) int64, inputs and targets overlapping."""
-        windows = np.array_split(np.arange(i * self.batch_size, (i + 1) * self.batch_size), world)[rank]
-        starts = [self.starts(window // self.windows)[window % self.windows] for window in windows]
-        reach = np.arange(self.max_seq_len + 1)
-        rows = [self.tokens.take(start + reach, mode="wrap") for start in starts]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-    def epoch_end(self, epoch):
-        """How many steps it takes until `epoch` epochs are whole."""
-        return math.ceil(epoch * self.windows / self.batch_size)
 
 
 def lr_at(step, config, total_steps):
@@ -92,41 +52,15 @@ def parameter_groups(model, weight_decay):
     return [dict(params=matrices, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
 
 
-# --- what a restart needs -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class State:
-    """All of a run that must survive a restart beside the weights, the optimizer and the scaler."""
-
-    step: int = 0  # optimizer steps done
-    elapsed_s: float = 0.0  # over all restarts
-    loss_sum: float = 0.0  # of the training loss, since the last line of metrics.jsonl
-    loss_steps: int = 0
-    epoch_loss_sum: float = 0.0  # since the last evaluation
-    epoch_loss_steps: int = 0
-    evaluated_step: int = 0  # the last evaluation's
-    best: dict = field(default_factory=dict)  # the best evaluation's figures, and its step
-    evaluations_since_best: int = 0
-
-
-def differences(old, new):
-    """The settings in which a checkpoint's config (a dict) differs from this run's and must not, as phrases."""
-    changed = [k for k in sorted(old) if k not in FREE and k in new and old[k] != new[k]]
-    return [f"{k} was {old[k]!r}, now {new[k]!r}" for k in changed]
-
-
 def keep_metrics(path, state):
     """Drop the lines of metrics.jsonl that a resumed run will write again: those past its checkpoint."""
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        lines = [(json.loads(line), line) for line in file if line.endswith("\n")]
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        for values, line in lines:
-            if values["step"] <= (state.evaluated_step if "val_loss" in values else state.step):
-                file.write(line)
-    os.replace(path + ".part", path)
+    if os.path.exists(path):
+        lines = read_metrics(path)
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            for values in lines:
+                if values["step"] <= (state.evaluated_step if "val_loss" in values else state.step):
+                    file.write(json.dumps(values) + "\n")
+        os.replace(path + ".part", path)
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
@@ -257,13 +191,16 @@ def prepare_training(config, machine, model):
 
 
 def take_step(config, machine, training, batches, step, lr):
-    """One optimizer step; (this rank's share of the batch's mean loss, the gradient's norm), on the device."""
+    """One optimizer step; (this rank's share of the batch's mean loss, the gradient's norm), on the device.
+
+    Where the norm is not finite, which it is not either where a loss is not, weights and optimizer stay as they were.
+    """
     stepped, optimizer, scaler = training.stepped, training.optimizer, training.scaler
     seed = np.random.SeedSequence([config.seed, step, machine.rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(seed[0]))  # dropout's
     for group in optimizer.param_groups:
         group["lr"] = lr
-    rows = batches.batch(step, machine.rank, machine.world)
+    rows = torch.from_numpy(batches.batch(step, machine.rank, machine.world))
     if machine.device.type == "cuda":
         rows = rows.pin_memory()
     parts = rows.to(machine.device, non_blocking=True).split(training.micro)
@@ -278,10 +215,142 @@ def take_step(config, machine, training, batches, step, lr):
         total += loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(training.model.parameters(), config.grad_clip or math.inf)
-    scaler.step(optimizer)
+    # read by the fused kernel on the device, so that nobody waits for it; scaler.step() would look at inf alone
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
+
+
+def mean(total, count):
+    """total / count; of nothing, not a number."""
+    return total / count if count else math.nan
+
+
+def find_run(config, data, machine, again):
+    """The checkpoint that this run goes on from, None for a new run. data: {split: SHA-256}. Raises UserError."""
+    out, restarted = config.out_dir, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    names = ("last.pt", "prev.pt", "best.pt", "metrics.jsonl")
+    if not (config.resume or restarted) and any(os.path.exists(f"{out}/{name}") for name in names):
+        raise UserError(f"{out} holds a run already; `{again}` continues it, --out_dir DIR makes another")
+    checkpoint, path, warning = load_newest(out)
+    if warning:
+        machine.say(f"warning: {warning}", file=sys.stderr)
+    if checkpoint:
+        if changed := differences(checkpoint["config"], dataclasses.asdict(config)):
+            raise UserError(f"{path} is of another experiment: {'; '.join(changed)}; undo it or change --out_dir")
+        if changed := [split for split in data if data[split] != checkpoint["data"][split]]:
+            raise UserError(f"{path} was trained on other data than {config.data_dir}/{config.dataset}: another "
+                            f"SHA-256 of {' and '.join(changed)}; bring the old files back or change --out_dir")
+        machine.say(f"going on from {path}, step {checkpoint['step']:,}")
+    elif config.resume or restarted:
+        machine.say(f"no checkpoint in {out} yet; beginning at step 0")
+    try:
+        os.makedirs(out, exist_ok=True)
+        keep_metrics(f"{out}/metrics.jsonl", State(**checkpoint["state"]) if checkpoint else State())
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {error.strerror}; mend that, or use another --out_dir") from None
+    return checkpoint
+
+
+class Record:
+    """What a run writes into its folder, by rank 0: metrics.jsonl and the checkpoints. A disk that is full costs what
+    cannot be written and not the run; what was whole stays whole."""
+
+    def __init__(self, config, machine, training, state, meta, data, batches):
+        self.config, self.machine, self.training, self.state = config, machine, training, state
+        self.meta, self.data, self.windows = meta, data, batches.windows
+        self.last, self.prev, self.best = (f"{config.out_dir}/{name}.pt" for name in ("last", "prev", "best"))
+        self.saved, self.saved_s = (state.step, state.evaluated_step), state.elapsed_s
+        self.began_s, self.failed = time.perf_counter() - state.elapsed_s, False
+
+    def epoch_at(self, step):
+        return step * self.config.batch_size / self.windows
+
+    def last_is(self):
+        return f"{self.last} is of step {self.saved[0]:,}" if self.saved[0] else "nothing saved"
+
+    def write(self, what, function):
+        """Call function() on rank 0; whether it went through, on rank 0 alone (True elsewhere)."""
+        if self.machine.rank > 0:
+            return True
+        try:
+            function()
+        except OSError as error:
+            self.machine.say(f"warning: cannot write {what} ({error.strerror}); the run goes on, {self.last_is()}",
+                             file=sys.stderr)
+            self.failed = True
+            return False
+        self.failed = False
+        return True
+
+    def log(self, **values):
+        """Write a line of metrics.jsonl, whole or not at all."""
+        step, step_tokens = self.state.step, self.config.batch_size * self.config.max_seq_len
+        values = dict(step=step, epoch=self.epoch_at(step), tokens=step * step_tokens, **values,
+                      skipped=self.state.skipped, elapsed_s=time.perf_counter() - self.began_s)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+        def append():
+            with open(f"{self.config.out_dir}/metrics.jsonl", "ab", buffering=0) as file:
+                line = json.dumps(finite).encode() + b"\n"
+                end = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        self.write("metrics.jsonl", append)
+
+    def take(self, losses, norms):
+        """Add the last steps' losses to the state, one by one, so that the sums do not depend on when it is done, and
+        count the steps that were skipped. Empties both lists."""
+        if not losses:
+            return
+        state, bad = self.state, [not math.isfinite(norm) for norm in torch.stack(norms).tolist()]
+        totals = self.machine.total(*torch.stack(losses).tolist(), *bad)
+        for loss, skipped in zip(totals[: len(bad)], totals[len(bad) :], strict=True):
+            state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+            state.skipped += bool(skipped)
+            if math.isfinite(loss):
+                state.loss_sum, state.loss_steps = state.loss_sum + loss, state.loss_steps + 1
+                state.epoch_loss_sum, state.epoch_loss_steps = state.epoch_loss_sum + loss, state.epoch_loss_steps + 1
+        losses.clear(), norms.clear()
+
+    def contents(self, **more):
+        """A checkpoint: tensors, dicts, lists, strings and numbers only."""
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.config).items()}
+        model = self.training.model
+        return dict(model=model.state_dict(), model_args=model.args, tokenizer=self.meta["tokenizer"],
+                    step=self.state.step, config=settings, **more)
+
+    def save(self):
+        """Write last.pt, unless it holds this very state; what it held becomes prev.pt."""
+        now = self.state.step, self.state.evaluated_step
+
+        def write():
+            more = dict(optimizer=self.training.optimizer.state_dict(), scaler=self.training.scaler.state_dict(),
+                        state=dataclasses.asdict(self.state), data=self.data)
+            save_checkpoint(self.contents(**more), self.last, keep=self.prev)
+
+        if now != self.saved and self.write(self.last, write):
+            self.saved = now
+        self.saved_s = self.state.elapsed_s
+
+    def evaluated(self, figures):
+        """Take an evaluation into the state, the best checkpoint and the log."""
+        state = self.state
+        train_loss = mean(state.epoch_loss_sum, state.epoch_loss_steps)
+        better = figures["val_loss"] < state.best.get("val_loss", math.inf)
+        state.evaluated_step, state.epoch_loss_sum, state.epoch_loss_steps = state.step, 0.0, 0
+        state.evaluations_since_best = 0 if better else state.evaluations_since_best + 1
+        written = better and self.write(self.best, lambda: save_checkpoint(self.contents(metrics=figures), self.best))
+        if better and not self.machine.total(not written)[0]:  # the best is what best.pt holds
+            state.best = dict(step=state.step, **figures)
+        self.log(train_loss=train_loss, **figures, best=better)
+        self.machine.say(f"epoch {self.epoch_at(state.step):.4g} | step {state.step:,} | train loss {train_loss:.4f} | "
+                         f"val loss {figures['val_loss']:.4f} | val perplexity {figures['val_ppl']:.2f}"
+                         + (f" | best so far, saved to {self.best}" if written else ""))
 
 
 def main(argv=None):
@@ -307,105 +376,49 @@ def train(config, machine, stop, again):
     if config.warmup_steps >= total_steps:
         raise UserError(f"warmup_steps {config.warmup_steps} leaves nothing of the run's {total_steps} steps; "
                         f"use --warmup_steps {total_steps // 10}")
+    data = {split: meta["splits"][split]["sha256"] for split in ("train", "val")}
+    machine.agree({"dtype": str(machine.dtype), "data": data} | {
+        k: v for k, v in dataclasses.asdict(config).items() if k not in ("data_dir", "out_dir", "device", "dtype")
+    })
 
     model = new_model(config, meta["vocab_size"]).to(machine.device)
     micro = micro_batch_size(config, model, machine)
     machine.say(plan(config, meta, batches, total_steps, model, micro, machine))
     if config.dry_run:
         return 0
-    state = State()
-
-    last, prev, best, metrics = (f"{config.out_dir}/{n}" for n in ("last.pt", "prev.pt", "best.pt", "metrics.jsonl"))
-    found = next((path for path in (last, prev) if os.path.exists(path)), None)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    if not (config.resume or restarted) and any(map(os.path.exists, (last, prev, best, metrics))):
-        raise UserError(f"{config.out_dir} holds a run already; `{again}` continues it, --out_dir DIR makes another")
-    if found:
-        checkpoint = load_checkpoint(found)
-        if changed := differences(checkpoint["config"], dataclasses.asdict(config)):
-            raise UserError(f"{found} is of another experiment: {'; '.join(changed)}; undo it or change --out_dir")
-        state = State(**checkpoint["state"])
-        over = why_over(state, config, total_steps)
-        if over and state.evaluated_step == state.step:
-            machine.say(f"{config.out_dir} is finished: {over}; its best checkpoint is {best}")
-            return 0
-        machine.say(f"going on from {found}, step {state.step:,}")
-    elif config.resume:
-        machine.say(f"no checkpoint in {config.out_dir} yet; beginning at step 0")
-
+    checkpoint = machine.from_rank_0(lambda: find_run(config, data, machine, again))
+    state = State(**checkpoint["state"]) if checkpoint else State()
+    over = why_over(state, config, total_steps)
+    if over and state.evaluated_step == state.step:
+        machine.say(f"{config.out_dir} is finished: {over}; its best checkpoint is {config.out_dir}/best.pt")
+        return 0
     training = prepare_training(config, machine, model)
-    if found:
+    if checkpoint:
         model.load_state_dict(checkpoint["model"])
         training.optimizer.load_state_dict(checkpoint["optimizer"])
         training.scaler.load_state_dict(checkpoint["scaler"])
         del checkpoint
-    if machine.rank == 0:
-        os.makedirs(config.out_dir, exist_ok=True)
-        keep_metrics(metrics, state)
-    losses = []  # of the steps since take_losses(), on the device
-    saved = (state.step, state.evaluated_step)
-    step_tokens = config.batch_size * config.max_seq_len
-    started, busy, interval = time.perf_counter() - state.elapsed_s, 0.0, 0
-
-    def epoch_at(step):
-        return step * config.batch_size / batches.windows
-
-    def log(**values):
-        """Write a line of metrics.jsonl."""
-        if machine.rank == 0:
-            values = dict(step=state.step, epoch=epoch_at(state.step), tokens=state.step * step_tokens, **values,
-                          elapsed_s=time.perf_counter() - started)
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            with open(metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
-
-    def take_losses():
-        """Add the last steps' losses to the state, one by one, so that the sums do not depend on when it is done."""
-        for loss in machine.total(*torch.stack(losses).tolist()) if losses else ():
-            state.loss_sum, state.loss_steps = state.loss_sum + loss, state.loss_steps + 1
-            state.epoch_loss_sum, state.epoch_loss_steps = state.epoch_loss_sum + loss, state.epoch_loss_steps + 1
-        losses.clear()
-
-    def contents(**more):
-        """A checkpoint: tensors, dicts, lists, strings and numbers only."""
-        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-        return dict(model=model.state_dict(), model_args=model.args, tokenizer=meta["tokenizer"], step=state.step,
-                    config=settings, **more)
-
-    def save_last():
-        """Write last.pt, unless it holds this very state; what it held becomes prev.pt."""
-        nonlocal saved
-        take_losses()
-        if machine.rank == 0 and saved != (state.step, state.evaluated_step):
-            save_checkpoint(contents(optimizer=training.optimizer.state_dict(), state=dataclasses.asdict(state),
-                                     scaler=training.scaler.state_dict()), last, keep=prev)
-        saved = (state.step, state.evaluated_step)
+    record = Record(config, machine, training, state, meta, data, batches)
 
     bar = progress(total_steps, "training", initial=state.step, unit="step", disable=machine.rank > 0)
+    losses, norms = [], []  # of the steps since they were last taken, on the device
+    step_tokens = config.batch_size * config.max_seq_len
+    started, busy, interval = time.perf_counter() - state.elapsed_s, 0.0, 0
     while True:
         over = why_over(state, config, total_steps)
-        due = int(epoch_at(state.step)) > int(epoch_at(state.step - 1))
+        epoch = int(record.epoch_at(state.step))
+        due = epoch > int(record.epoch_at(state.step - 1))
         due = due or (config.eval_interval and state.step % config.eval_interval == 0)
         # evaluation comes first: a run that was saved, and then stopped amid its evaluation, still owes it
         if (due or over) and state.evaluated_step < state.step:
-            save_last()
+            record.take(losses, norms)
+            record.save()
             figures = evaluate(model, val_tokens, meta["splits"]["val"], config, machine, micro, lambda: stop.set)
             if figures is None:
                 over = ""
                 break
-            train_loss = state.epoch_loss_sum / state.epoch_loss_steps
-            better = figures["val_loss"] < state.best.get("val_loss", math.inf)
-            state.evaluated_step, state.epoch_loss_sum, state.epoch_loss_steps = state.step, 0.0, 0
-            state.evaluations_since_best = 0 if better else state.evaluations_since_best + 1
-            if better:
-                state.best = dict(step=state.step, **figures)
-                if machine.rank == 0:
-                    save_checkpoint(contents(metrics=figures), best)
-            log(train_loss=train_loss, **figures, best=better)
             bar.clear()
-            machine.say(f"epoch {epoch_at(state.step):.4g} | step {state.step:,} | train loss {train_loss:.4f} | "
-                        f"val loss {figures['val_loss']:.4f} | val perplexity {figures['val_ppl']:.2f}"
-                        + (f" | best so far, saved to {best}" if better else ""))
+            record.evaluated(figures)
             continue  # patience may have run out
         if over:
             break
@@ -413,33 +426,47 @@ def train(config, machine, stop, again):
         clock = time.perf_counter()
         lr = lr_at(state.step, config, total_steps)
         loss, norm = take_step(config, machine, training, batches, state.step, lr)
-        losses.append(loss)
+        losses.append(loss), norms.append(norm)
         state.step, interval = state.step + 1, interval + 1
         log_due = state.step % config.log_interval == 0
         if log_due:
-            take_losses()  # waits for the device, so that the clock is true
+            record.take(losses, norms)  # waits for the device, so that the clock is true
         busy += time.perf_counter() - clock
         if log_due:
-            train_loss, speed = state.loss_sum / state.loss_steps, interval * step_tokens / busy
-            log(train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_s=speed)
+            train_loss, speed = mean(state.loss_sum, state.loss_steps), interval * step_tokens / busy
+            record.log(train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_s=speed)
             bar.set_postfix_str(f"loss {train_loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s", refresh=False)
             busy, interval, state.loss_sum, state.loss_steps = 0.0, 0, 0.0, 0
         bar.update()
         # the ranks agree on the signal and on the time
         stopping, state.elapsed_s = machine.total(stop.set, time.perf_counter() - started, op=dist.ReduceOp.MAX)
+        saving = config.save_interval and state.step % config.save_interval == 0
+        if config.save_minutes and state.elapsed_s - record.saved_s >= 60 * config.save_minutes:
+            saving = True
+        if stopping or saving:
+            record.take(losses, norms)
+            record.save()
+        # a scaler begins far too high on purpose, and comes down by one power of two a step
+        if state.skipped_in_a_row >= (20 if training.scaler.is_enabled() else 5):
+            bar.close()
+            machine.say(f"error: {state.skipped_in_a_row} steps in a row, the last at {state.step:,}, had no finite "
+                        "loss or gradient, and none of them reached the weights; try a lower --learning_rate, a longer "
+                        "--warmup_steps or --dtype float32, with another --out_dir", file=sys.stderr)
+            return 1
         if stopping:
             break
-        if config.save_interval and state.step % config.save_interval == 0:
-            save_last()
-    save_last()
+    record.take(losses, norms)
+    record.save()
     bar.close()
     if not over:
-        machine.say(f"stopped at step {state.step:,}, saved to {last}; go on with: {again}")
+        machine.say(f"stopped at step {state.step:,}, {record.last_is()}; go on with: {again}")
         return 1
     machine.say(f"finished: {over}")
+    if state.skipped:
+        machine.say(f"{state.skipped:,} of {state.step:,} steps had no finite loss or gradient and were skipped")
     if state.best:
-        machine.say(f"best at step {state.best['step']:,}, in {best}: perplexity a token {state.best['val_ppl']:.2f}, "
-                    f"perplexity a word {state.best['val_ppl_word']:.2f}, bits a byte "
+        machine.say(f"best at step {state.best['step']:,}, in {record.best}: perplexity a token "
+                    f"{state.best['val_ppl']:.2f}, perplexity a word {state.best['val_ppl_word']:.2f}, bits a byte "
                     f"{state.best['val_bits_per_byte']:.4f}\nover the whole validation split: {len(val_tokens) - 1:,} "
                     f"tokens predicted, windows of {config.max_seq_len}, separator {meta['separator']}")
     if state.best and config.expected_ppl:
@@ -447,7 +474,9 @@ def train(config, machine, stop, again):
         machine.say(f"expected {low:g} to {high:g}: {'met' if state.best['val_ppl'] <= high else 'not met'}")
     if config.recorded_ppl:
         machine.say(f"the notebook recorded {config.recorded_ppl:g}")
-    return 0
+    if record.failed:
+        machine.say(f"{config.out_dir} could not be written to the last: {record.last_is()}")
+    return int(record.failed)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ class Config:
     # rhythm
     eval_interval: int = setting(0, "evaluate every so many steps as well as after each epoch (0: epochs only)", low=0)
     save_interval: int = setting(500, "write last.pt every so many steps as well as before evaluations (0: not)", low=0)
+    save_minutes: float = setting(10.0, "and every so many minutes (0: not)", low=0)
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", low=1)
     # system
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, else the CPU")
@@ -86,6 +87,7 @@ class Config:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool | None = setting(None, "torch.compile the blocks (None: on CUDA only)")
+    rank_timeout: float = setting(10.0, "minutes that ranks wait for one another before they give up", low=0.01)
     seed: int = setting(0, "of the weights, the data order and dropout", low=0, below=2**32)
     resume: bool = setting(False, "go on from out_dir's last checkpoint; with none there, begin")
     dry_run: bool = setting(False, "print the plan and stop")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import model as model_module
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import UserError, load_config
 from model import (
     Dropout,
@@ -14,9 +15,6 @@ from model import (
     causal_attention,
     head_loss,
     head_rows,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
 )
 
 

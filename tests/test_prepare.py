@@ -17,7 +17,8 @@ from conftest import ROOT
 
 import prepare
 from config import UserError
-from prepare import encode_rows, load_meta, load_tokenizer, load_tokens
+from data import load_meta, load_tokenizer, load_tokens
+from prepare import encode_rows
 
 TRAIN = [" \n", " = Title = \n", " \n", " The cat sat on the mat . It 's <|endoftext|> 42 . \n", " naïve – Ω 日本語 \n"]
 VAL = [" = Other = \n", " A dog . \n"]

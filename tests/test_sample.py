@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import sample
+from checkpoint import save_checkpoint
 from config import UserError
-from model import LanguageModel, save_checkpoint
+from model import LanguageModel
 from sample import choose, find_checkpoint, generate
 
 

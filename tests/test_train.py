@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT
 
 import train
+from checkpoint import load_checkpoint
 from config import Config, UserError, load_config
+from data import Batches, load_meta, load_tokens
 from machine import Machine
-from model import LanguageModel, load_checkpoint
-from prepare import load_meta, load_tokens
-from train import Batches, evaluate, lr_at, parameter_groups
+from model import LanguageModel
+from train import evaluate, lr_at, parameter_groups
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d",
@@ -43,12 +44,12 @@ def same(a, b):
 def test_an_epoch_takes_every_token_once(tokens, batch_size):
     batches = Batches(np.arange(tokens, dtype=np.uint16), 16, batch_size, seed=3)
     steps = batches.epoch_end(5)
-    targets = torch.cat([batches.batch(i) for i in range(steps)])[:, 1:]
+    targets = np.concatenate([batches.batch(i) for i in range(steps)])[:, 1:]
     assert steps == math.ceil(5 * (tokens // 16) / batch_size)
     for epoch in range(5):
         mine = targets[epoch * batches.windows : (epoch + 1) * batches.windows].flatten()
         assert len(set(mine.tolist())) == len(mine) == tokens - tokens % 16
-    assert not torch.equal(targets[: batches.windows], targets[batches.windows : 2 * batches.windows])
+    assert (targets[: batches.windows] != targets[batches.windows : 2 * batches.windows]).any()
     assert len({int(batches.starts(epoch)[0]) % 16 for epoch in range(5)}) > 1  # cut at another phase
 
 
@@ -57,12 +58,12 @@ def test_a_batch_follows_from_seed_and_step_and_ranks_only_slice_it():
     whole = [Batches(tokens, 16, 6, seed=1).batch(i) for i in range(12)]
     fresh = Batches(tokens, 16, 6, seed=1)
     for i in (11, 0, 5):  # in any order
-        assert torch.equal(fresh.batch(i), whole[i])
+        assert np.array_equal(fresh.batch(i), whole[i])
         for world in (2, 4):
-            assert torch.equal(torch.cat([fresh.batch(i, rank, world) for rank in range(world)]), whole[i])
-    assert not torch.equal(Batches(tokens, 16, 6, seed=2).batch(0), whole[0])
+            assert np.array_equal(np.concatenate([fresh.batch(i, rank, world) for rank in range(world)]), whole[i])
+    assert not np.array_equal(Batches(tokens, 16, 6, seed=2).batch(0), whole[0])
     for row in whole[7]:
-        assert torch.equal(row, (row[0] + torch.arange(17)) % 500)
+        assert np.array_equal(row, (row[0] + np.arange(17)) % 500)
 
 
 def test_learning_rate():
@@ -160,12 +161,12 @@ def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, monkeypatch
     assert_the_same_run("out/whole", "out/cut")
 
 
-def assert_the_same_run(one, two):
+def assert_the_same_run(one, two, curves=True):
     whole, cut = load_checkpoint(f"{one}/last.pt"), load_checkpoint(f"{two}/last.pt")
     assert same(whole["model"], cut["model"]) and same(weights(f"{one}/best.pt"), weights(f"{two}/best.pt"))
     for state in whole["optimizer"]["state"]:
         assert same(whole["optimizer"]["state"][state], cut["optimizer"]["state"][state])
-    for evaluations in (False, True):
+    for evaluations in (False, True) if curves else ():
         a, b = metrics(one, evaluations), metrics(two, evaluations)
         for line in a + b:
             line.pop("elapsed_s"), line.pop("tokens_per_s", None)
@@ -280,7 +281,7 @@ def test_compile_without_a_compiler_goes_on(tiny, script):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_compiled_blocks_give_the_same_curve(tiny):
-    options = [tiny, "--dropout", "0", "--max_steps", "6"]
+    options = [tiny, "--dropout", "0", "--max_steps", "6", "--num_layers", "1"]
     assert train.main([*options, "--out_dir", "out/plain"]) == 0
     assert train.main([*options, "--out_dir", "out/compiled", "--compile"]) == 0
     plain, compiled = ([line["train_loss"] for line in metrics(out)] for out in ("out/plain", "out/compiled"))

@@ -1,0 +1,159 @@
+"""Breaks the trainer on purpose and counts what is lost: `make torture`, fifteen minutes at most.
+
+    python tests/torture.py [--kills 110] [--seed N]
+
+Whole commands, real SIGKILLs, a real full disk. Prints a table: tried, survived, lost; exit code 1 if anything is lost.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(__file__))
+from bad_inputs import CASES
+from conftest import ROOT, TINY, make_dataset
+from test_failures import children, kill_at_random, until
+from test_train import RANKS, assert_the_same_run
+
+from checkpoint import last_step, load_checkpoint
+
+TRAIN = [sys.executable, str(ROOT / "train.py")]
+LIMIT = 14 * 60  # seconds, then what is left is not tried
+
+
+def trains(*words, code=0, launch=()):
+    """Run train.py with words; its output. AssertionError for another exit code."""
+    command = [sys.executable, *launch, str(ROOT / "train.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def kills(count, chances, deadline):
+    """Runs killed again and again, which must end as the undisturbed run: (tried, survived, lost, amid saves)."""
+    words = ["tiny.py", "--max_steps", "600", "--eval_interval", "30", "--save_interval", "1"]
+    trains(*words, "--out_dir", "out/whole")
+
+    def chain(i):
+        if time.monotonic() > deadline:
+            return 0, 0, 0, 0
+        command = [*words, "--out_dir", f"out/cut{i}", "--resume"]
+        try:
+            amid, worst = kill_at_random([*TRAIN, *command], f"out/cut{i}", random.Random(chances + i), 5)
+            trains(*command)
+            assert_the_same_run("out/whole", f"out/cut{i}")
+            assert worst <= 1, f"a kill cost {worst} steps"
+        except AssertionError as error:
+            print(f"chain {i}: {str(error)[-300:]}")
+            return 5, 0, 5, 0
+        shutil.rmtree(f"out/cut{i}")
+        return 5, 5, 0, amid
+
+    with ThreadPoolExecutor(2) as pool:
+        return [sum(column) for column in zip(*pool.map(chain, range(count // 5)), strict=True)]
+
+
+def ranks_killed(count, chances):
+    """SIGKILLs of one of two ranks under torchrun --max-restarts: (tried, survived, lost)."""
+    words = ["tiny.py", "--max_steps", "2000", "--eval_interval", "100", "--save_interval", "5"]
+    words += ["--out_dir", "out/ranks"]
+    command = [sys.executable, *RANKS, f"--max-restarts={count}", str(ROOT / "train.py"), *words]
+    with open("ranks.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as child:
+        for i in range(count):
+            step = last_step("out/ranks/metrics.jsonl")
+            until(lambda step=step: last_step("out/ranks/metrics.jsonl") > step + 50, child)
+            os.kill(children(child.pid)[chances.randrange(2)], 9)
+            until(lambda i=i: Path("ranks.log").read_text().count("going on from") > i, child)
+        code = child.wait(timeout=300)
+    whole = code == 0 and load_checkpoint("out/ranks/last.pt")["step"] == 2000
+    return count, count * whole, count * (not whole)
+
+
+def bad_inputs():
+    """Every case of bad_inputs.py as a whole command: (tried, survived, lost)."""
+    Path("clean/data").mkdir(parents=True)
+    shutil.copytree("data", "clean/data", dirs_exist_ok=True)
+    shutil.copy("tiny.py", "clean/tiny.py")
+    trains("tiny.py", "--max_steps", "6", "--save_interval", "3", "--out_dir", "clean/out/done")
+
+    def case(item):
+        number, (name, (spoil, words, says)) = item
+        folder = Path(f"case{number}").resolve()
+        shutil.copytree("clean", folder)
+        if spoil:  # it changes the working directory, which threads share
+            code = f"import bad_inputs; bad_inputs.CASES[{name!r}][0]()"
+            env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+            subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, check=True)
+        done = subprocess.run([*TRAIN, *words], cwd=folder, capture_output=True, text=True, timeout=300)
+        lines = done.stderr.strip().splitlines()
+        fine = done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
+        fine = fine and not (folder / "executed").exists()
+        if not fine:
+            print(f"{name}: exit code {done.returncode}: {done.stderr[-500:]}")
+        shutil.rmtree(folder)
+        return fine
+
+    with ThreadPoolExecutor(2) as pool:
+        fine = list(pool.map(case, enumerate(CASES.items())))
+    return len(fine), sum(fine), len(fine) - sum(fine)
+
+
+def full_disks():
+    """Runs into a tmpfs too small for three checkpoints, resumed when it has grown: (tried, survived, lost)."""
+    survived, sizes = 0, (3, 7, 13, 16)
+    words = ["tiny.py", "--max_steps", "30", "--eval_interval", "10", "--save_interval", "4"]
+    trains(*words, "--out_dir", "out/roomy")
+    for size in sizes:
+        folder = Path(f"out/small{size}")
+        folder.mkdir(parents=True)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]).returncode:
+            print("a full disk: not tried, since mounting a tmpfs is not allowed here")
+            return 0, 0, 0
+        try:
+            done = trains(*words, "--out_dir", str(folder), code=1)
+            assert "the run goes on" in done.stderr and "Traceback" not in done.stderr, done.stderr
+            for path in folder.glob("*.pt"):
+                load_checkpoint(path)
+            subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+            trains(*words, "--out_dir", str(folder), "--resume")
+            assert_the_same_run("out/roomy", str(folder), curves=False)
+            survived += 1
+        except AssertionError as error:
+            print(f"a disk of {size} MB: {str(error)[-500:]}")
+        finally:
+            subprocess.run(["umount", str(folder)])
+    return len(sizes), survived, len(sizes) - survived
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=110)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
+    args = parser.parse_args()
+    deadline, rows = time.monotonic() + LIMIT, []
+    print(f"seed {args.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        make_dataset(Path("data"))
+        Path("tiny.py").write_text(TINY)
+        rows.append(("bad input", *bad_inputs()))
+        rows.append(("full disk", *full_disks()))
+        rows.append(("rank killed under torchrun", *ranks_killed(5, random.Random(args.seed))))
+        *row, amid = kills(args.kills, args.seed, deadline)
+        rows.append((f"SIGKILL, {amid} of them amid a save", *row))
+        os.chdir(ROOT)
+    print(f"\n{'':36} {'tried':>8} {'survived':>8} {'lost':>8}")
+    for name, *numbers in rows:
+        print(f"{name:36} " + " ".join(f"{number:8}" for number in numbers))
+    return int(any(lost for *_, lost in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
