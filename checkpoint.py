@@ -144,8 +144,9 @@ def load_model(path):
     """(LanguageModel in eval mode on the CPU, the checkpoint's dict without its weights). Raises UserError."""
     checkpoint = load_checkpoint(path)
     try:
-        model = LanguageModel(**checkpoint["model_args"])
-        model.load_state_dict(checkpoint.pop("model"))
+        with torch.device("meta"):  # nothing to initialise
+            model = LanguageModel(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint.pop("model"), assign=True)
     except (TypeError, RuntimeError, AttributeError):
         raise UserError(f"{path} holds another model than this program's; name another checkpoint") from None
     return model.eval(), checkpoint

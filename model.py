@@ -57,15 +57,52 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(d_ff, d_model)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x):
-        """x (B, T, D) -> (B, T, D)."""
+    def forward(self, x, attend=causal_attention):
+        """x (B, T, D) -> (B, T, D). attend: the attention, another where keys and values are cached."""
         B, T, D = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, T, 3, self.num_heads, D // self.num_heads)
-        y = causal_attention(*qkv.permute(2, 0, 3, 1, 4))  # each (B, H, T, D / H)
+        y = attend(*qkv.permute(2, 0, 3, 1, 4))  # each (B, H, T, D / H)
         y = y.transpose(1, 2).reshape(B, T, D)
         x = x + self.dropout(self.attention_out(y))
         y = F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh")
         return x + self.dropout(self.mlp_out(y))
+
+
+class Cache:
+    """Keys and values of B rows of tokens, so that one more token costs one position's work.
+
+    Preallocated, of fixed shape: k and v (num_layers, B, H, max_seq_len, D / H). lengths (B,) int64, on the CPU: how
+    much of each row is filled.
+    """
+
+    def __init__(self, model, B):
+        a = model.args
+        shape = a["num_layers"], B, a["num_heads"], a["max_seq_len"], a["d_model"] // a["num_heads"]
+        self.k, self.v = model.head_bias.new_zeros(shape), model.head_bias.new_zeros(shape)
+        self.lengths = torch.zeros(B, dtype=torch.int64)
+
+    def fill(self, layer, rows):
+        """A layer's attention over prompts that fill `rows` from the start."""
+
+        def attend(q, k, v):
+            T = k.shape[2]
+            self.k[layer, rows, :, :T], self.v[layer, rows, :, :T] = k, v
+            return causal_attention(q, k, v)
+
+        return attend
+
+    def append(self, layer, at):
+        """A layer's attention of one new token a row, at positions `at` (B,), to all that its row holds."""
+        longest = int(self.lengths.max()) + 1
+        mask = (torch.arange(longest, device=at.device) <= at[:, None])[:, None, None]  # (B, 1, 1, longest)
+
+        def attend(q, k, v):
+            rows = torch.arange(len(at), device=at.device)
+            self.k[layer, rows, :, at], self.v[layer, rows, :, at] = k[:, :, 0], v[:, :, 0]
+            seen = self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
+            return F.scaled_dot_product_attention(q, *seen, attn_mask=mask)
+
+        return attend
 
 
 class LanguageModel(nn.Module):
@@ -94,13 +131,38 @@ class LanguageModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def hidden(self, tokens):
-        """tokens (B, T) int64, T <= max_seq_len -> the stream that the head reads, (B, T, D)."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def hidden(self, tokens, positions=None, attend=None):
+        """tokens (B, T) int64, T <= max_seq_len -> the stream that the head reads, (B, T, D).
+
+        With a cache, positions (B, T) are the tokens' own, and attend(layer) gives a layer's attention.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
-        for block in self.blocks:
-            x = block(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, attend(layer)) if attend else block(x)
         return self.final_norm(x)
+
+    def prefill(self, prompts, cache, rows):
+        """Read prompts (R lists of ids, of 1 to max_seq_len each) into `rows` (R indices) of a cache, whatever they
+        held. Returns what the head reads to predict each prompt's next token: (R, D)."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        # filled up on the right, where nothing before looks
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        device = self.head_bias.device  # the class's hidden(), since a compiled one would compile anew for each shape
+        x = type(self).hidden(self, tokens.to(device), attend=lambda layer: cache.fill(layer, rows))
+        cache.lengths[rows] = lengths
+        return x[torch.arange(len(prompts)), lengths - 1]
+
+    def decode(self, ids, cache):
+        """Add one id to every row of a cache, ids (B,) int64; what the head reads to predict the next: (B, D). Rows
+        that are full already give nothing of use, and want a prefill."""
+        full = self.args["max_seq_len"]
+        at = cache.lengths.clamp(max=full - 1).to(ids.device)
+        cache.lengths.clamp_(max=full - 1)
+        x = type(self).hidden(self, ids[:, None], at[:, None], lambda layer: cache.append(layer, at))
+        cache.lengths += 1
+        return x[:, 0]
 
     def head(self, x):
         """x (..., D) -> logits (..., V)."""

@@ -2,19 +2,26 @@
 
     python sample.py --start "The cat sat on the"
 
-takes the best checkpoint of the run trained last under out/, unless --out_dir or --checkpoint names another.
+takes the best checkpoint of the run trained last under out/, unless --out_dir or --checkpoint names another. Text goes
+to stdout, what is said about it to stderr.
 """
 
-import argparse
-import sys
-from pathlib import Path
+import time
 
-import torch
-import torch.nn.functional as F
+BEGAN = time.perf_counter()  # before the imports, which take most of the time to the first token
 
-from checkpoint import load_model
-from config import UserError, run
-from data import load_tokenizer
+import argparse  # noqa: E402
+import codecs  # noqa: E402
+import json  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+from checkpoint import load_model  # noqa: E402
+from config import UserError, run  # noqa: E402
+from data import load_tokenizer  # noqa: E402
+from model import Cache  # noqa: E402
 
 
 def find_checkpoint(out_dir=None):
@@ -30,50 +37,142 @@ def find_checkpoint(out_dir=None):
     return next(path for path in found if path.parent == folder)
 
 
-def choose(logits, temperature, top_k, top_p, generator):
-    """Draw the next ids: logits (B, V) -> (B, 1) int64. temperature 0 takes the likeliest.
+def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw the next ids: logits (B, V) float32, uniform (B,) float64 in [0, 1) -> (B,) int64, on the CPU.
 
-    top_k: only the k likeliest, 0 for all. top_p: only the smallest set of likeliest ids whose probability reaches
-    top_p (nucleus sampling, Holtzman et al. 2020). Ties at the border stay in.
+    temperature 0 takes the likeliest. top_k: only the k likeliest, 0 for all. top_p: only the smallest set of likeliest
+    ids whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020).
     """
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        return logits.argmax(-1).cpu()
+    ids, k = None, min(top_k or logits.shape[-1], logits.shape[-1])
+    if k < logits.shape[-1] or top_p < 1:
+        logits, ids = logits.topk(k)  # in falling order
+        ids = ids.cpu()
+    p = torch.softmax(logits.cpu().double() / temperature, -1)
     if top_p < 1:
-        ordered = logits.softmax(-1).sort(descending=True).values
-        inside = ordered.cumsum(-1) - ordered < top_p  # the likelier ones alone do not reach top_p
-        least = ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits.softmax(-1) < least, -torch.inf)
-    return torch.multinomial(F.softmax(logits, -1), 1, generator=generator)
+        p[p.cumsum(-1) - p >= top_p] = 0  # the likelier ones alone reach top_p
+    reached = p.cumsum(-1)
+    total = reached[:, -1]
+    point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+    drawn = torch.searchsorted(reached, point[:, None], right=True)  # never an id of probability 0
+    return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, temperature=0.8, top_k=200, top_p=1.0, generator=None):
-    """Continue tokens (B, T) int64 by max_new_tokens ids: (B, T + max_new_tokens).
+def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1.0, repetition_penalty=1.0, seed=0,
+             vocab_size=None):
+    """Continue prompts (B lists of ids, of any lengths) as one batch. Yields max_new_tokens times (ids, logprobs), two
+    lists of B: the next id of each row and the log-probability, nats, that the model by itself gives it.
 
-    The model sees the last max_seq_len ids, so that text may grow past its context.
+    Row i draws with seed + i, and so does not depend on the rows beside it. A row that has filled the context goes on
+    from its last max_seq_len // 2 tokens, as if they were the prompt: learned positions cannot slide by one without
+    computing everything anew. repetition_penalty divides the positive logits of ids seen before and multiplies the
+    negative ones (CTRL, Keskar et al. 2019). vocab_size: ids from there on are never drawn.
     """
-    for _ in range(max_new_tokens):
-        seen = tokens[:, -model.args["max_seq_len"] :]
-        logits = model.head(model.hidden(seen)[:, -1])
-        tokens = torch.cat([tokens, choose(logits, temperature, top_k, top_p, generator)], 1)
-    return tokens
+    context, device = model.args["max_seq_len"], model.head_bias.device
+    rows = [list(prompt) for prompt in prompts]
+    cache = Cache(model, len(rows))
+    uniform = torch.stack([
+        torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i))
+        for i in range(len(rows))
+    ])
+    seen = torch.zeros(len(rows), model.args["vocab_size"], dtype=torch.bool)
+    for row, prompt in zip(seen, rows, strict=True):
+        row[prompt] = True
+    x = model.prefill([row[-context:] for row in rows], cache, list(range(len(rows))))
+    for step in range(max_new_tokens):
+        logits = model.head(x)
+        if vocab_size is not None:
+            logits[:, vocab_size:] = -torch.inf
+        raw = logits
+        if repetition_penalty != 1:
+            again = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = torch.where(seen.to(device), again, logits)
+        ids = choose(logits, uniform[:, step], temperature, top_k, top_p)
+        picked = raw.gather(1, ids.to(device)[:, None]) - raw.logsumexp(1, keepdim=True)
+        for row, id in zip(rows, ids.tolist(), strict=True):
+            row.append(id)
+        yield ids.tolist(), picked[:, 0].tolist()
+        if step + 1 < max_new_tokens:
+            seen.scatter_(1, ids[:, None], True)
+            full = [i for i, length in enumerate(cache.lengths.tolist()) if length == context]
+            x = model.decode(ids.to(device), cache)
+            if full:
+                x[full] = model.prefill([rows[i][-max(1, context // 2) :] for i in full], cache, full)
+
+
+class Printer:
+    """Prints the bytes of tokens as text, whole characters at a time: a token may end inside one."""
+
+    def __init__(self, encoding):
+        self.encoding, self.decoder = encoding, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, ids=(), final=False):
+        text = self.decoder.decode(b"".join(map(self.encoding.decode_single_token_bytes, ids)), final)
+        sys.stdout.write(text + "\n" * final)
+        sys.stdout.flush()
+
+
+def say(model, encoding, prompts, args):
+    """Continue prompts (a list of str) num_samples times each and print what comes; a line about the speed."""
+    ids = [encoding.encode_ordinary(prompt) or encoding.encode_ordinary("\n") for prompt in prompts]
+    if (largest := max(map(max, ids))) >= model.args["vocab_size"]:
+        raise UserError(f"the prompt holds id {largest}, past this model's vocabulary of {model.args['vocab_size']:,}; "
+                        "its data set had another tokenizer")
+    batch = [prompt for prompt in ids for _ in range(args.num_samples)]
+    added, logprobs = [[] for _ in batch], [0.0] * len(batch)
+    stream = Printer(encoding) if len(batch) == 1 and args.format == "text" else None
+    if stream:
+        stream(batch[0])
+    started, first = time.perf_counter(), None
+    for new, logprob in generate(model, batch, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                                 args.repetition_penalty, args.seed, encoding.n_vocab):
+        first = first or time.perf_counter()
+        for i in range(len(batch)):
+            added[i].append(new[i])
+            logprobs[i] += logprob[i]
+        if stream:
+            stream(new)
+    seconds, steps = time.perf_counter() - first, args.max_new_tokens - 1
+    if stream:
+        stream(final=True)
+    for i, (prompt, more, logprob) in enumerate(zip(batch, added, logprobs, strict=True)):
+        if args.format == "jsonl":
+            prompt_text = prompts[i // args.num_samples]
+            print(json.dumps(dict(prompt=prompt_text, text=encoding.decode(more), tokens=more, logprob=logprob)))
+        elif not stream:
+            print(("\n---\n" if i else "") + encoding.decode(prompt + more))
+    sys.stdout.flush()
+    began = started if args.interactive else BEGAN
+    speed = f", then {steps * len(batch) / seconds:,.1f} tokens/s" if steps else ""
+    print(f"first token after {first - began:.2f} s{speed}", file=sys.stderr)
+
+
+def read_text(path):
+    """A file's text. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print text from a trained model.", allow_abbrev=False)
     parser.add_argument("--start", default="\n", help="what the text begins with, or FILE:path to read it from")
+    parser.add_argument("--prompts", metavar="FILE", help="a file with a prompt a line, continued as one batch")
+    parser.add_argument("--interactive", action="store_true", help="read a prompt a line from standard input")
     parser.add_argument("--out_dir", help="the run's folder (default: the run under out/ that was trained last)")
     parser.add_argument("--checkpoint", help="a checkpoint file, instead of a run's best")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts to print (default 1)")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt, as one batch (default 1)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add to each (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top_k", type=int, default=200, help="draw from the k likeliest, 0 for all (default 200)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that reach p (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: against repeats (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="text i draws with seed + i (default 0)")
+    parser.add_argument("--format", choices=("text", "jsonl"), default="text",
+                        help="jsonl: a line a text, with prompt, text, tokens (ids) and logprob (nats)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: cuda where there is one)")
     args = parser.parse_args(argv)
     if args.device == "auto":
@@ -84,18 +183,20 @@ def main(argv=None):
         (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
         (args.top_k < 0, "--top_k must be 0 or more"),
         (not 0 < args.top_p <= 1, "--top_p must be above 0 and at most 1"),
+        (not 0 < args.repetition_penalty < float("inf"), "--repetition_penalty must be above 0"),
+        (not 0 <= args.seed < 2**62, "--seed must be 0 or more"),
+        (args.prompts and args.interactive, "--prompts and --interactive are two ways; take one"),
         (args.device not in ("cpu", "cuda", "mps"), "--device must be cpu, cuda or mps"),
         (args.device == "cuda" and not torch.cuda.is_available(), "this torch finds no cuda device; use --device cpu"),
         (args.device == "mps" and not torch.backends.mps.is_available(), "there is no mps device; use --device cpu"),
     ):
         if wrong:
             raise UserError(phrase)
-    start = args.start
-    if start.startswith("FILE:"):
-        try:
-            start = Path(start[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --start {start}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    prompts = [read_text(args.start[5:]) if args.start.startswith("FILE:") else args.start]
+    if args.prompts:
+        prompts = [line for line in read_text(args.prompts).splitlines() if line.strip()]
+        if not prompts:
+            raise UserError(f"{args.prompts} holds no prompt; write one a line")
 
     path = args.checkpoint or find_checkpoint(args.out_dir)
     model, checkpoint = load_model(path)
@@ -104,12 +205,14 @@ def main(argv=None):
     print(f"{path}: step {checkpoint['step']:,}{about}", file=sys.stderr)
     model.to(args.device)
     encoding = load_tokenizer()
-    ids = encoding.encode_ordinary(start) or encoding.encode_ordinary("\n")  # nothing to begin with is a new line
-    tokens = torch.tensor([ids], device=args.device)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    for i in range(args.num_samples):
-        text = generate(model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
-        print(("\n---\n" if i else "") + encoding.decode(text[0].tolist()), flush=True)
+    if not args.interactive:
+        return say(model, encoding, prompts, args)
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:  # Ctrl-D
+            return print(file=sys.stderr)
+        say(model, encoding, [line.rstrip("\n")], args)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
+import io
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import sample
 from checkpoint import save_checkpoint
 from config import UserError
-from model import LanguageModel
+from data import load_tokenizer
+from model import Cache, LanguageModel
 from sample import choose, find_checkpoint, generate
 
 
@@ -23,26 +29,170 @@ def checkpoint(tmp_path, monkeypatch):
     return "out/run/best.pt"
 
 
+def loud(context=8, layers=2):
+    """A model with large weights, so that what it saw decides what it says."""
+    torch.manual_seed(0)
+    model = LanguageModel(60, context, 8, 2, 16, layers).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
 def say(capsys, *words):
     sample.main([*words, "--max_new_tokens", "12", "--device", "cpu"])
     return capsys.readouterr()
+
+
+# --- the cache, against the whole forward pass
+
+
+@torch.no_grad()
+def test_cached_logits_are_the_uncached_ones_at_every_position():
+    model = loud()
+    tokens = torch.randint(60, (3, 8))
+    lengths = [1, 3, 6]
+    cache = Cache(model, 3)
+    x = model.prefill([row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)], cache, [0, 1, 2])
+    whole = model(tokens)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(model.head(x)[row], whole[row, length - 1], rtol=0, atol=1e-4)
+    for step in range(7):
+        at = [min(length + step, 7) for length in lengths]
+        x = model.decode(tokens[[0, 1, 2], at], cache)
+        for row, length in enumerate(lengths):
+            if length + step < 8:  # rows that are full are somebody else's concern, and disturb no other
+                torch.testing.assert_close(model.head(x)[row], whole[row, length + step], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", [1, 2, 7, 8])
+def test_text_past_the_context_is_that_of_the_slow_path(context):
+    """The slow path does the same without a cache: a full context goes on from its last half."""
+    model = loud(context)
+    prompts = [[5], [9, 8, 7], list(range(20))]
+    drawn = list(zip(*[ids for ids, _ in generate(model, prompts, 25, 1.0, top_k=0, seed=3)], strict=True))
+    for i, prompt in enumerate(prompts):
+        uniform = torch.rand(25, dtype=torch.float64, generator=torch.Generator().manual_seed(3 + i))
+        seen, out = prompt[-context:], []
+        for u in uniform:
+            logits = model(torch.tensor([seen]))[:, -1]
+            out.append(int(choose(logits, u[None])))
+            seen = seen + out[-1:]
+            if len(seen) > context:
+                seen = seen[-max(1, context // 2) :]
+        assert out == list(drawn[i]) and len(set(out)) > 3
+
+
+def test_a_text_does_not_depend_on_those_beside_it():
+    model, prompt = loud(), [[1, 2, 3]]
+    together = list(zip(*[ids for ids, _ in generate(model, prompt * 3, 12, seed=5)], strict=True))
+    for i in range(3):
+        assert [ids[0] for ids, _ in generate(model, prompt, 12, seed=5 + i)] == list(together[i])
+    assert len(set(together)) == 3
+
+
+@torch.no_grad()
+def test_logprobs_are_the_model_s_own():
+    model = loud()
+    steps = list(generate(model, [[1, 2]], 5, temperature=0.3, top_k=3, repetition_penalty=2.0))
+    tokens = [1, 2] + [ids[0] for ids, _ in steps]
+    each = model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[1:, 0]
+    torch.testing.assert_close(torch.tensor([logprobs[0] for _, logprobs in steps]), each, rtol=0, atol=1e-4)
+
+
+# --- choices
+
+
+def test_choices_keep_to_what_is_allowed():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.25, 0.05]]).log()
+    uniform = torch.linspace(0, 1 - 2**-53, 4000, dtype=torch.float64)
+
+    def drawn(**kwargs):
+        return choose(logits.expand(4000, 5), uniform, **kwargs)
+
+    for kwargs in ({}, {"top_k": 99}, {"top_p": 0.9999}):
+        counts = drawn(**kwargs).bincount(minlength=5) / 4000
+        torch.testing.assert_close(counts, logits.exp()[0], atol=1e-3, rtol=0)
+    assert set(drawn(temperature=0).tolist()) == {1}
+    assert set(drawn(top_k=2).tolist()) == {1, 3}
+    assert set(drawn(top_p=0.39).tolist()) == {1}
+    assert set(drawn(top_p=0.41).tolist()) == {1, 3}
+    assert set(drawn(top_p=0.86).tolist()) == {0, 1, 2, 3}
+    assert (drawn(temperature=0.5).bincount(minlength=5) / 4000)[1] > 0.5
+    never = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(4000, 3)
+    assert set(choose(never, uniform).tolist()) == {1}
+
+
+def test_a_repetition_penalty_keeps_from_what_was_said():
+    model = loud()
+    plain = [ids[0] for ids, _ in generate(model, [[1]], 30, temperature=0)]
+    careful = [ids[0] for ids, _ in generate(model, [[1]], 30, temperature=0, repetition_penalty=1e6)]
+    assert len(set(careful)) == 30 and 1 not in careful and len(set(plain)) < 30
+
+
+def test_ids_that_are_no_words_are_never_drawn():
+    drawn = [ids for ids, _ in generate(loud(), [[1]] * 20, 30, temperature=5.0, top_k=0, vocab_size=10)]
+    assert max(map(max, drawn)) == 9
+
+
+# --- the command
 
 
 def test_text_begins_with_its_start_and_follows_from_the_seed(checkpoint, capsys):
     first = say(capsys, "--start", "The cat sat on the")
     assert first.out.startswith("The cat sat on the") and len(first.out) > len("The cat sat on the") + 12
     assert "out/run/best.pt: step 7, validation perplexity 12.50" in first.err
+    assert "first token after" in first.err and "tokens/s" in first.err and "tokens/s" not in first.out
     assert say(capsys, "--start", "The cat sat on the").out == first.out
     assert say(capsys, "--start", "The cat sat on the", "--seed", "1").out != first.out
-    assert len(say(capsys, "--start", "x", "--num_samples", "3").out.split("\n---\n")) == 3
+    three = say(capsys, "--start", "The cat sat on the", "--num_samples", "3").out.split("\n---\n")
+    assert len(three) == 3 and three[0] == first.out
+
+
+def test_characters_are_printed_whole(capsys):
+    encoding = load_tokenizer()
+    printer = sample.Printer(encoding)
+    ids = encoding.encode("naïve 日本 🙂")
+    assert any(b"\xef\xbf\xbd" in encoding.decode([id]).encode() for id in ids)  # tokens that end inside one
+    shown = []
+    for id in ids:
+        printer([id])
+        shown.append(capsys.readouterr().out)
+    assert "".join(shown) == "naïve 日本 🙂" and "\ufffd" not in "".join(shown)
 
 
 def test_start_from_a_file_and_an_empty_start(checkpoint, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("naïve text", encoding="utf-8")
     assert say(capsys, "--start", "FILE:prompt.txt").out.startswith("naïve text")
     assert say(capsys, "--start", "").out
-    with pytest.raises(UserError, match="cannot read --start FILE:none.txt"):
+    assert say(capsys, "--start", "a prompt longer than the model's context " * 9).out.startswith("a prompt longer")
+    assert say(capsys, "--top_k", "99999").out
+    with pytest.raises(UserError, match="cannot read none.txt"):
         sample.main(["--start", "FILE:none.txt"])
+
+
+def test_prompts_of_a_file_as_lines_of_json(checkpoint, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The cat\n\nIn mathematics, one\n", encoding="utf-8")
+    lines = say(capsys, "--prompts", "prompts.txt", "--num_samples", "2", "--format", "jsonl").out.splitlines()
+    texts = [json.loads(line) for line in lines]
+    assert [text["prompt"] for text in texts] == ["The cat"] * 2 + ["In mathematics, one"] * 2
+    encoding = load_tokenizer()
+    for text in texts:
+        assert len(text["tokens"]) == 12 and encoding.decode(text["tokens"]) == text["text"] and text["logprob"] < 0
+    alone = say(capsys, "--start", "The cat", "--format", "jsonl").out
+    assert json.loads(alone)["text"] == texts[0]["text"]
+
+
+def test_interactive(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nThe dog\n"))
+    shown = say(capsys, "--interactive")
+    assert shown.out.startswith("The cat") and "\nThe dog" in shown.out and shown.err.count("> ") == 3
+
+
+def test_a_closed_pipe_is_no_accident(checkpoint):
+    command = f"{sys.executable} {ROOT}/sample.py --start x --max_new_tokens 400 --device cpu | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "x" and "Traceback" not in done.stderr and "Error" not in done.stderr
 
 
 def test_the_run_trained_last_is_found(checkpoint, tmp_path):
@@ -59,42 +209,15 @@ def test_the_run_trained_last_is_found(checkpoint, tmp_path):
         find_checkpoint("out/run")
 
 
-def test_text_goes_past_the_context_as_a_sliding_window_would():
-    torch.manual_seed(0)
-    model = LanguageModel(60, 8, 8, 2, 16, 2).eval()
-    for p in model.parameters():  # large weights, so that what it saw decides what it says
-        torch.nn.init.normal_(p, std=0.5)
-    tokens = torch.randint(60, (2, 5))
-    out = generate(model, tokens, 20, 1.0, top_k=0, generator=torch.Generator().manual_seed(3))
-    generator = torch.Generator().manual_seed(3)
-    for t in range(5, 25):
-        logits = model(out[:, max(0, t - 8) : t])[:, -1]
-        assert torch.equal(out[:, t, None], torch.multinomial(logits.softmax(-1), 1, generator=generator)), t
-    assert torch.equal(out[:, :5], tokens) and len(set(out[0, 13:].tolist())) > 3
-
-
-def test_choices_keep_to_what_is_allowed():
-    logits = torch.tensor([[0.1, 0.4, 0.2, 0.25, 0.05]]).log()
-    torch.manual_seed(0)
-
-    def drawn(**kwargs):
-        arguments = dict(temperature=1.0, top_k=0, top_p=1.0, generator=None) | kwargs
-        return choose(logits.expand(4000, 5), **arguments).flatten()
-
-    counts = drawn().bincount(minlength=5) / 4000
-    torch.testing.assert_close(counts, logits.exp()[0], atol=0.03, rtol=0)
-    assert set(drawn(temperature=0).tolist()) == {1}
-    assert set(drawn(top_k=2).tolist()) == {1, 3}
-    assert set(drawn(top_k=99).tolist()) == {0, 1, 2, 3, 4}
-    assert set(drawn(top_p=0.39).tolist()) == {1}
-    assert set(drawn(top_p=0.41).tolist()) == {1, 3}
-    assert set(drawn(top_p=0.86).tolist()) == {0, 1, 2, 3}
-    assert (drawn(temperature=0.5).bincount(minlength=5) / 4000)[1] > 0.5
-
-
-def test_mistakes_are_one_line(script, checkpoint):
+def test_mistakes_are_one_line(script, checkpoint, tmp_path):
     assert "--temperature must be 0 or more" in script("sample.py", "--temperature", "-1", code=2).stderr
+    (tmp_path / "empty.txt").write_text("\n")
     for words in (["--top_p", "0"], ["--top_k", "-1"], ["--num_samples", "0"], ["--device", "tpu"],
-                  ["--checkpoint", "none.pt"], ["--out_dir", "none"]):
+                  ["--checkpoint", "none.pt"], ["--out_dir", "none"], ["--repetition_penalty", "0"], ["--seed", "-1"],
+                  ["--prompts", "empty.txt"], ["--prompts", "none.txt"], ["--prompts", "x", "--interactive"]):
         with pytest.raises(UserError):
             sample.main(words)
+    small = LanguageModel(60, 8, 8, 2, 16, 1)
+    save_checkpoint(dict(model=small.state_dict(), model_args=small.args, step=7), checkpoint)
+    with pytest.raises(UserError, match="past this model's vocabulary of 60"):
+        sample.main(["--start", "The cat sat"])
