@@ -4,7 +4,6 @@ out/<name>/last.pt holds all that a restart needs, prev.pt is the one before, be
 They hold tensors, dicts, lists, strings and numbers only: loading one executes nothing.
 """
 
-import json
 import os
 import zipfile
 from dataclasses import dataclass, field
@@ -13,13 +12,14 @@ import torch
 
 from config import UserError
 from model import LanguageModel
+from notebook import read_metrics
 
 # Settings that may differ between a checkpoint and the run that goes on from it: they extend it or steer the machine,
 # and leave the experiment what it is. All others must be the same.
 FREE = {
     "data_dir", "out_dir", "micro_batch_size", "epochs", "max_steps", "max_hours", "patience", "eval_interval",
     "save_interval", "save_minutes", "log_interval", "device", "dtype", "compile", "rank_timeout", "resume", "dry_run",
-    "expected_ppl", "recorded_ppl",
+    "expected_ppl", "recorded_ppl", "eval_only", "split", "eval_stride", "sample_prompts", "tensorboard",
 }
 NEEDED = {"model", "model_args", "step"}  # by sampling
 NEEDED_TO_RESUME = NEEDED | {"optimizer", "scaler", "state", "config", "data"}
@@ -118,21 +118,6 @@ def load_newest(out_dir):
         raise UserError(f"{' and '.join(damaged)} are no whole checkpoints of this program; bring one back from a "
                         "copy, or begin anew with another --out_dir")
     return None, None, None
-
-
-def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts; lines that a kill or a full disk tore are left out. [] without a file."""
-    lines = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(values, dict) and isinstance(values.get("step"), int):
-                    lines.append(values)
-    return lines
 
 
 def last_step(path):

@@ -3,9 +3,12 @@
 import contextlib
 import math
 import os
+import platform
 import re
 import signal
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -29,6 +32,16 @@ class Machine:
 
     def __str__(self):
         return f"{self.world} x {self.device.type}, {str(self.dtype)[6:]}"
+
+    def device_name(self):
+        """The processor's name, and how many cores this process uses of it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        name = platform.processor() or platform.machine()
+        if os.path.exists("/proc/cpuinfo"):
+            with open("/proc/cpuinfo") as file:
+                name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+        return f"{torch.get_num_threads()} cores of {name}"
 
     def autocast(self):
         """The context in which matmuls run in dtype."""
@@ -91,6 +104,29 @@ def bfloat16_is_native(device):
     return device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in supported)
 
 
+def this_start(store, rank, world, seconds):
+    """The part of torchrun's store that is this start's own.
+
+    After a restart the store still holds the addresses of ranks that are dead, and a rank that reads one before its
+    new owner has written there connects to nobody (pytorch#135712; counting restarts does not help, since machines
+    count differently). So rank 0 draws a name, every other rank answers under it with one of its own, and goes on only
+    when rank 0 has repeated that. Raises UserError after `seconds`.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + seconds
+    if rank == 0:
+        store.set("start", mine)
+        answers = [store.get(f"{mine}/{other}").decode() for other in range(1, world)]  # waits for each
+        store.set(f"{mine}/go", " ".join(answers))
+        return dist.PrefixStore(mine, store)
+    while time.monotonic() < end:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", mine)
+        if store.check([f"{start}/go"]) and mine in store.get(f"{start}/go").decode():
+            return dist.PrefixStore(start, store)
+        time.sleep(0.05)
+    raise UserError(f"rank 0 has not begun within {seconds:g} s; start all machines together, or raise --rank_timeout")
+
+
 @contextlib.contextmanager
 def open_machine(config):
     """The Machine of this process; joins the ranks if torchrun started it, and leaves them. Raises UserError."""
@@ -124,7 +160,9 @@ def open_machine(config):
         dtype = "bfloat16" if bfloat16_is_native(device) else "float16" if kind == "cuda" else "float32"
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=config.rank_timeout))
+        timeout = timedelta(minutes=config.rank_timeout)
+        store = this_start(*next(dist.rendezvous("env://", timeout=timeout)), timeout.total_seconds())
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
         roll_call = dist.new_group(backend="gloo", timeout=timedelta(seconds=15))
     try:
         yield Machine(device, getattr(torch, dtype), rank, world, local_world)

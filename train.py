@@ -10,8 +10,6 @@ else, and a resumed run is the same run.
 
 import contextlib
 import dataclasses
-import errno
-import json
 import math
 import os
 import signal
@@ -23,12 +21,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import State, differences, load_newest, read_metrics, save_checkpoint
+from checkpoint import State, differences, load_checkpoint, load_model, load_newest
 from config import UserError, load_config, run
 from data import Batches, load_meta, load_tokens
+from evaluate import describe, evaluate
 from machine import compile_blocks, micro_batch_size, open_machine
 from model import LanguageModel
 from prepare import progress
+from record import Record, keep_metrics, mean
 
 # --- the experiment, as pure functions ------------------------------------------------------------------------------
 
@@ -50,56 +50,6 @@ def parameter_groups(model, weight_decay):
     rest = [p for p in model.parameters() if p.dim() < 2]
     assert {*map(id, matrices), *map(id, rest)} == {*map(id, model.parameters())}
     return [dict(params=matrices, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-
-
-def keep_metrics(path, state):
-    """Drop the lines of metrics.jsonl that a resumed run will write again: those past its checkpoint."""
-    if os.path.exists(path):
-        lines = read_metrics(path)
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            for values in lines:
-                if values["step"] <= (state.evaluated_step if "val_loss" in values else state.step):
-                    file.write(json.dumps(values) + "\n")
-        os.replace(path + ".part", path)
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------
-
-
-def evaluate(model, tokens, counts, config, machine, rows, stopped=lambda: False):
-    """The loss over a whole split, in order, every token predicted once: sums over counts, over all ranks.
-
-    counts: the split's entry of meta.json. The first token has nothing before it and is not predicted. Returns
-    val_loss (nats a token), val_ppl, val_ppl_word, val_bits_per_byte; None if stopped() on any rank.
-    """
-    model.eval()
-    length = config.max_seq_len
-    windows = math.ceil((len(tokens) - 1) / length)
-    batches = [range(i, min(i + rows, windows)) for i in range(0, windows, rows)]
-    nats, predicted, ended = 0.0, 0, 0
-    with progress(len(batches), "evaluating", leave=False, disable=machine.rank > 0) as bar, machine.autocast():
-        for batch in batches[machine.rank :: machine.world]:
-            if stopped():
-                ended = 1
-                break
-            start, end = batch.start * length, min(batch.stop * length, len(tokens) - 1)
-            chunk = np.zeros(len(batch) * length + 1, dtype=np.int64)  # the last window is filled up, then cut again
-            chunk[: end - start + 1] = tokens[start : end + 1]
-            chunk = torch.from_numpy(chunk).to(machine.device)
-            losses = model.token_losses(chunk[:-1].view(-1, length), chunk[1:].view(-1, length))
-            nats += losses.flatten()[: end - start].cpu().double().sum().item()
-            predicted += end - start
-            bar.update(machine.world)
-    model.train()
-    nats, predicted, ended = machine.total(nats, predicted, ended)
-    if ended:
-        return None
-    return {
-        "val_loss": nats / predicted,
-        "val_ppl": math.exp(min(nats / predicted, 700)),
-        "val_ppl_word": math.exp(min(nats / counts["words"], 700)),
-        "val_bits_per_byte": nats / counts["bytes"] / math.log(2),
-    }
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -223,13 +173,11 @@ def take_step(config, machine, training, batches, step, lr):
     return total, norm
 
 
-def mean(total, count):
-    """total / count; of nothing, not a number."""
-    return total / count if count else math.nan
-
-
 def find_run(config, data, machine, again):
-    """The checkpoint that this run goes on from, None for a new run. data: {split: SHA-256}. Raises UserError."""
+    """(checkpoint, whether its last figures are written): what this run goes on from, (None, False) for a new run.
+
+    data: {split: SHA-256}. Raises UserError.
+    """
     out, restarted = config.out_dir, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     names = ("last.pt", "prev.pt", "best.pt", "metrics.jsonl")
     if not (config.resume or restarted) and any(os.path.exists(f"{out}/{name}") for name in names):
@@ -251,113 +199,36 @@ def find_run(config, data, machine, again):
         keep_metrics(f"{out}/metrics.jsonl", State(**checkpoint["state"]) if checkpoint else State())
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}; mend that, or use another --out_dir") from None
-    return checkpoint
-
-
-class Record:
-    """What a run writes into its folder, by rank 0: metrics.jsonl and the checkpoints. A disk that is full costs what
-    cannot be written and not the run; what was whole stays whole."""
-
-    def __init__(self, config, machine, training, state, meta, data, batches):
-        self.config, self.machine, self.training, self.state = config, machine, training, state
-        self.meta, self.data, self.windows = meta, data, batches.windows
-        self.last, self.prev, self.best = (f"{config.out_dir}/{name}.pt" for name in ("last", "prev", "best"))
-        self.saved, self.saved_s = (state.step, state.evaluated_step), state.elapsed_s
-        self.began_s, self.failed = time.perf_counter() - state.elapsed_s, False
-
-    def epoch_at(self, step):
-        return step * self.config.batch_size / self.windows
-
-    def last_is(self):
-        return f"{self.last} is of step {self.saved[0]:,}" if self.saved[0] else "nothing saved"
-
-    def write(self, what, function):
-        """Call function() on rank 0; whether it went through, on rank 0 alone (True elsewhere)."""
-        if self.machine.rank > 0:
-            return True
-        try:
-            function()
-        except OSError as error:
-            self.machine.say(f"warning: cannot write {what} ({error.strerror}); the run goes on, {self.last_is()}",
-                             file=sys.stderr)
-            self.failed = True
-            return False
-        self.failed = False
-        return True
-
-    def log(self, **values):
-        """Write a line of metrics.jsonl, whole or not at all."""
-        step, step_tokens = self.state.step, self.config.batch_size * self.config.max_seq_len
-        values = dict(step=step, epoch=self.epoch_at(step), tokens=step * step_tokens, **values,
-                      skipped=self.state.skipped, elapsed_s=time.perf_counter() - self.began_s)
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-        def append():
-            with open(f"{self.config.out_dir}/metrics.jsonl", "ab", buffering=0) as file:
-                line = json.dumps(finite).encode() + b"\n"
-                end = file.tell()
-                if file.write(line) < len(line):
-                    file.truncate(end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        self.write("metrics.jsonl", append)
-
-    def take(self, losses, norms):
-        """Add the last steps' losses to the state, one by one, so that the sums do not depend on when it is done, and
-        count the steps that were skipped. Empties both lists."""
-        if not losses:
-            return
-        state, bad = self.state, [not math.isfinite(norm) for norm in torch.stack(norms).tolist()]
-        totals = self.machine.total(*torch.stack(losses).tolist(), *bad)
-        for loss, skipped in zip(totals[: len(bad)], totals[len(bad) :], strict=True):
-            state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-            state.skipped += bool(skipped)
-            if math.isfinite(loss):
-                state.loss_sum, state.loss_steps = state.loss_sum + loss, state.loss_steps + 1
-                state.epoch_loss_sum, state.epoch_loss_steps = state.epoch_loss_sum + loss, state.epoch_loss_steps + 1
-        losses.clear(), norms.clear()
-
-    def contents(self, **more):
-        """A checkpoint: tensors, dicts, lists, strings and numbers only."""
-        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.config).items()}
-        model = self.training.model
-        return dict(model=model.state_dict(), model_args=model.args, tokenizer=self.meta["tokenizer"],
-                    step=self.state.step, config=settings, **more)
-
-    def save(self):
-        """Write last.pt, unless it holds this very state; what it held becomes prev.pt."""
-        now = self.state.step, self.state.evaluated_step
-
-        def write():
-            more = dict(optimizer=self.training.optimizer.state_dict(), scaler=self.training.scaler.state_dict(),
-                        state=dataclasses.asdict(self.state), data=self.data)
-            save_checkpoint(self.contents(**more), self.last, keep=self.prev)
-
-        if now != self.saved and self.write(self.last, write):
-            self.saved = now
-        self.saved_s = self.state.elapsed_s
-
-    def evaluated(self, figures):
-        """Take an evaluation into the state, the best checkpoint and the log."""
-        state = self.state
-        train_loss = mean(state.epoch_loss_sum, state.epoch_loss_steps)
-        better = figures["val_loss"] < state.best.get("val_loss", math.inf)
-        state.evaluated_step, state.epoch_loss_sum, state.epoch_loss_steps = state.step, 0.0, 0
-        state.evaluations_since_best = 0 if better else state.evaluations_since_best + 1
-        written = better and self.write(self.best, lambda: save_checkpoint(self.contents(metrics=figures), self.best))
-        if better and not self.machine.total(not written)[0]:  # the best is what best.pt holds
-            state.best = dict(step=state.step, **figures)
-        self.log(train_loss=train_loss, **figures, best=better)
-        self.machine.say(f"epoch {self.epoch_at(state.step):.4g} | step {state.step:,} | train loss {train_loss:.4f} | "
-                         f"val loss {figures['val_loss']:.4f} | val perplexity {figures['val_ppl']:.2f}"
-                         + (f" | best so far, saved to {self.best}" if written else ""))
+    return checkpoint, os.path.exists(f"{out}/final.json")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = load_config(argv)
     with open_machine(config) as machine, StopFlag() as stop:
+        if config.eval_only:
+            return eval_only(config, machine)
         return train(config, machine, stop, resume_command(argv, machine))
+
+
+def eval_only(config, machine):
+    """Print the figures of the best checkpoint in out_dir on a split. Raises UserError."""
+    model, checkpoint = load_model(f"{config.out_dir}/best.pt")
+    meta = load_meta(config.dataset, config.data_dir)
+    tokens = load_tokens(config.dataset, config.split, config.data_dir)
+    if meta["vocab_size"] != model.args["vocab_size"] or meta["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"{config.out_dir} was trained with another tokenizer than {config.dataset}'s; choose another "
+                        "--dataset")
+    context = model.args["max_seq_len"]
+    if config.eval_stride > context:
+        raise UserError(f"eval_stride {config.eval_stride} leaves tokens out: the context is {context}")
+    model.to(machine.device)
+    micro = micro_batch_size(config, model, machine)
+    machine.say(f"{config.out_dir}/best.pt, step {checkpoint['step']:,}, on {machine}")
+    for stride in (0, config.eval_stride) if config.eval_stride else (0,):
+        figures = evaluate(model, tokens, meta["splits"][config.split], context, machine, micro, stride)
+        machine.say(describe(config.split, figures, meta["separator"]))
+    return 0
 
 
 def train(config, machine, stop, again):
@@ -386,10 +257,10 @@ def train(config, machine, stop, again):
     machine.say(plan(config, meta, batches, total_steps, model, micro, machine))
     if config.dry_run:
         return 0
-    checkpoint = machine.from_rank_0(lambda: find_run(config, data, machine, again))
+    checkpoint, finished = machine.from_rank_0(lambda: find_run(config, data, machine, again))
     state = State(**checkpoint["state"]) if checkpoint else State()
     over = why_over(state, config, total_steps)
-    if over and state.evaluated_step == state.step:
+    if over and state.evaluated_step == state.step and finished:
         machine.say(f"{config.out_dir} is finished: {over}; its best checkpoint is {config.out_dir}/best.pt")
         return 0
     training = prepare_training(config, machine, model)
@@ -398,7 +269,7 @@ def train(config, machine, stop, again):
         training.optimizer.load_state_dict(checkpoint["optimizer"])
         training.scaler.load_state_dict(checkpoint["scaler"])
         del checkpoint
-    record = Record(config, machine, training, state, meta, data, batches)
+    record = Record(config, machine, training, state, meta, data, batches, total_steps)
 
     bar = progress(total_steps, "training", initial=state.step, unit="step", disable=machine.rank > 0)
     losses, norms = [], []  # of the steps since they were last taken, on the device
@@ -413,7 +284,8 @@ def train(config, machine, stop, again):
         if (due or over) and state.evaluated_step < state.step:
             record.take(losses, norms)
             record.save()
-            figures = evaluate(model, val_tokens, meta["splits"]["val"], config, machine, micro, lambda: stop.set)
+            figures = evaluate(model, val_tokens, meta["splits"]["val"], config.max_seq_len, machine, micro,
+                               stopped=lambda: stop.set)
             if figures is None:
                 over = ""
                 break
@@ -458,17 +330,18 @@ def train(config, machine, stop, again):
     record.take(losses, norms)
     record.save()
     bar.close()
-    if not over:
+    final = over and state.best and last_figures(config, machine, micro, meta, record, stopped=lambda: stop.set)
+    if not over or final is None:
         machine.say(f"stopped at step {state.step:,}, {record.last_is()}; go on with: {again}")
         return 1
     machine.say(f"finished: {over}")
     if state.skipped:
         machine.say(f"{state.skipped:,} of {state.step:,} steps had no finite loss or gradient and were skipped")
     if state.best:
-        machine.say(f"best at step {state.best['step']:,}, in {record.best}: perplexity a token "
-                    f"{state.best['val_ppl']:.2f}, perplexity a word {state.best['val_ppl_word']:.2f}, bits a byte "
-                    f"{state.best['val_bits_per_byte']:.4f}\nover the whole validation split: {len(val_tokens) - 1:,} "
-                    f"tokens predicted, windows of {config.max_seq_len}, separator {meta['separator']}")
+        machine.say(f"best at step {state.best['step']:,}, in {record.best}")
+        for split, figures in final.items():
+            machine.say(describe(split, figures, meta["separator"]))
+        record.finish(final)
     if state.best and config.expected_ppl:
         low, high = config.expected_ppl
         machine.say(f"expected {low:g} to {high:g}: {'met' if state.best['val_ppl'] <= high else 'not met'}")
@@ -477,6 +350,23 @@ def train(config, machine, stop, again):
     if record.failed:
         machine.say(f"{config.out_dir} could not be written to the last: {record.last_is()}")
     return int(record.failed)
+
+
+def last_figures(config, machine, micro, meta, record, stopped):
+    """{split: figures} of the best checkpoint, over the validation and, if there is one, the test split; None if
+    stopped() on any rank."""
+    best = machine.from_rank_0(lambda: load_checkpoint(record.best))
+    model = record.training.model
+    model.load_state_dict(best["model"])
+    found = {}
+    for split in ("val", "test"):
+        if split in meta["splits"]:
+            tokens = load_tokens(config.dataset, split, config.data_dir)
+            found[split] = evaluate(model, tokens, meta["splits"][split], config.max_seq_len, machine, micro,
+                                    stopped=stopped)
+            if found[split] is None:
+                return None
+    return found
 
 
 if __name__ == "__main__":

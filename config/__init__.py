@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class UserError(Exception):
@@ -45,6 +46,9 @@ def setting(default, help, low=None, below=None, choices=None):
 @dataclass
 class Config:
     """All settings of a run. Lengths are in tokens, batch sizes in sequences of max_seq_len tokens."""
+
+    name: ClassVar[str] = ""  # the config file's, without .py
+    doc: ClassVar[str] = ""  # its docstring: the question, and what is expected
 
     # data
     dataset: str = setting("wikitext-103", "folder under data_dir that prepare.py wrote")
@@ -90,8 +94,16 @@ class Config:
     rank_timeout: float = setting(10.0, "minutes that ranks wait for one another before they give up", low=0.01)
     seed: int = setting(0, "of the weights, the data order and dropout", low=0, below=2**32)
     resume: bool = setting(False, "go on from out_dir's last checkpoint; with none there, begin")
+    eval_only: bool = setting(False, "print the best checkpoint's figures and stop")
+    split: str = setting("val", "what --eval_only looks at", choices=("val", "test"))
+    eval_stride: int = setting(0, "--eval_only: a second figure, from windows that move by so many tokens", low=0)
+    tensorboard: bool = setting(False, "write TensorBoard's files into out_dir as well, if it is installed")
     dry_run: bool = setting(False, "print the plan and stop")
     # notebook
+    sample_prompts: tuple = setting(
+        ("The history of India is", "In mathematics,", "The cat sat on the"),
+        "texts that the model continues at each new best, for the notebook's entry (): none",
+    )
     expected_ppl: tuple = setting((), "what the experiment expects: (low, high) validation perplexity a token")
     recorded_ppl: float = setting(0.0, "what the notebook recorded when it was first run (0: nothing)", low=0)
 
@@ -154,6 +166,8 @@ def problems_of(values):
         ("max_steps warmup_steps", not c.max_steps or c.warmup_steps < c.max_steps,
          f"warmup_steps {c.warmup_steps} leaves nothing of max_steps {c.max_steps}"),
         ("expected_ppl", not c.expected_ppl or expected, f"expected_ppl is (low, high), not {c.expected_ppl}"),
+        ("sample_prompts", all(isinstance(prompt, str) for prompt in c.sample_prompts),
+         f"sample_prompts is a tuple of texts, not {c.sample_prompts}"),
         ("device", device, f"device is auto, cpu, cuda, cuda:N or mps, not {c.device!r}"),
     ):
         if not fine and all(name in good or name not in values for name in names.split()):
@@ -162,7 +176,7 @@ def problems_of(values):
 
 
 def read_file(path):
-    """A config file's assignments as a dict. Names that begin with _ are the file's own and left out."""
+    """(a config file's assignments as a dict, its docstring). Names that begin with _ are the file's own."""
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
@@ -176,7 +190,8 @@ def read_file(path):
         exec(compile(source, path, "exec"), namespace)
     except Exception as error:
         raise UserError(f"config {path} does not run: {type(error).__name__}: {error}; mend that line") from None
-    return {name: value for name, value in namespace.items() if not name.startswith("_")}
+    doc = namespace.get("__doc__") or ""
+    return {name: value for name, value in namespace.items() if not name.startswith("_")}, doc
 
 
 def show_help(script, more):
@@ -218,10 +233,12 @@ def load_config(argv, script="train.py", more=""):
         over[name] = from_text(name, text) if name in FIELDS else text
     if path is None:
         raise UserError(f"no config given; `python {script} config/demo.py` runs the small one, config/ has the others")
-    values = read_file(path) | over
+    values, doc = read_file(path)
+    values |= over
     problems += problems_of(values)
     if problems:
         raise UserError(f"{path} and the command line: {'; '.join(problems)}")
     config = Config(**values)
-    config.out_dir = config.out_dir or os.path.join("out", os.path.splitext(os.path.basename(path))[0])
+    config.name, config.doc = os.path.splitext(os.path.basename(path))[0], doc
+    config.out_dir = config.out_dir or os.path.join("out", config.name)
     return config

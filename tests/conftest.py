@@ -70,6 +70,7 @@ warmup_steps = 5
 device = "cpu"
 dtype = "float32"
 log_interval = 1
+sample_prompts = ()
 """
 
 

@@ -153,7 +153,7 @@ def kill_at_random(command, folder, chances, times):
 
 
 def test_killed_at_any_moment_the_run_is_the_same(tiny):
-    command = [tiny, "--max_steps", "400", "--eval_interval", "20", "--save_interval", "1"]
+    command = [tiny, "--epochs", "9", "--max_steps", "100", "--eval_interval", "40", "--save_interval", "1"]
     assert train.main([*command, "--out_dir", "out/whole"]) == 0
     command = [*command, "--out_dir", "out/cut", "--resume"]
     amid, worst = kill_at_random([sys.executable, str(ROOT / "train.py"), *command], "out/cut", random.Random(0), 3)
@@ -241,7 +241,7 @@ linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="looks 
 
 @linux
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tiny, script):
-    options = [tiny, "--max_steps", "300", "--eval_interval", "100", "--save_interval", "5"]
+    options = [tiny, "--epochs", "6", "--eval_interval", "100", "--save_interval", "5"]
     command = [sys.executable, *RANKS, "--max-restarts=3", str(ROOT / "train.py"), *options]
     with started([*command, "--out_dir", "out/cut"], stdout=subprocess.PIPE) as child:
         until(lambda: step_of("out/cut") > 20, child)

@@ -13,11 +13,11 @@ from conftest import ROOT
 
 import train
 from checkpoint import load_checkpoint
-from config import Config, UserError, load_config
-from data import Batches, load_meta, load_tokens
+from config import Config, UserError
+from data import Batches
 from machine import Machine
 from model import LanguageModel
-from train import evaluate, lr_at, parameter_groups
+from train import lr_at, parameter_groups
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d",
@@ -83,31 +83,6 @@ def test_weight_decay_acts_on_matrices_alone():
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
     assert all(names[id(p)].endswith(("bias", "norm.weight")) for p in rest["params"])
     assert all(names[id(p)].endswith(".weight") for p in decayed["params"])
-
-
-# --- evaluation
-
-
-@pytest.mark.parametrize("rows", [1, 3, 64])
-def test_evaluation_is_the_whole_split_in_order(tiny, rows):
-    config = load_config([tiny])
-    tokens, counts = load_tokens("tiny", "val"), load_meta("tiny")["splits"]["val"]
-    torch.manual_seed(0)
-    model = LanguageModel(50257, 16, 8, 2, 16, 1, dropout=0.5)
-    with torch.no_grad():
-        model.token_embedding.weight.mul_(20)
-    figures = evaluate(model, tokens, counts, config, CPU, rows)
-    assert model.training
-    model.eval()
-    nats = 0.0
-    for start in range(0, len(tokens) - 1, 16):  # the reference: a window at a time, plain logits, float64 sum
-        window = torch.from_numpy(tokens[start : start + 17].astype(np.int64))
-        logits = model(window[None, :-1])[0].double()
-        nats -= logits.log_softmax(-1).gather(1, window[1:, None]).sum().item()
-    assert figures["val_loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-6)
-    assert figures["val_ppl"] == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-5)
-    assert figures["val_bits_per_byte"] == pytest.approx(nats / counts["bytes"] / math.log(2), rel=1e-6)
-    assert math.log(figures["val_ppl_word"]) == pytest.approx(min(700, nats / counts["words"]), rel=1e-6)
 
 
 # --- whole runs

@@ -38,7 +38,7 @@ def trains(*words, code=0, launch=()):
 
 def kills(count, chances, deadline):
     """Runs killed again and again, which must end as the undisturbed run: (tried, survived, lost, amid saves)."""
-    words = ["tiny.py", "--max_steps", "600", "--eval_interval", "30", "--save_interval", "1"]
+    words = ["tiny.py", "--epochs", "99", "--max_steps", "300", "--eval_interval", "30", "--save_interval", "1"]
     trains(*words, "--out_dir", "out/whole")
 
     def chain(i):
@@ -62,18 +62,26 @@ def kills(count, chances, deadline):
 
 def ranks_killed(count, chances):
     """SIGKILLs of one of two ranks under torchrun --max-restarts: (tried, survived, lost)."""
-    words = ["tiny.py", "--max_steps", "2000", "--eval_interval", "100", "--save_interval", "5"]
+    words = ["tiny.py", "--max_steps", "1000", "--epochs", "99", "--eval_interval", "100", "--save_interval", "5"]
     words += ["--out_dir", "out/ranks"]
     command = [sys.executable, *RANKS, f"--max-restarts={count}", str(ROOT / "train.py"), *words]
-    with open("ranks.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as child:
-        for i in range(count):
-            step = last_step("out/ranks/metrics.jsonl")
-            until(lambda step=step: last_step("out/ranks/metrics.jsonl") > step + 50, child)
-            os.kill(children(child.pid)[chances.randrange(2)], 9)
-            until(lambda i=i: Path("ranks.log").read_text().count("going on from") > i, child)
-        code = child.wait(timeout=300)
-    whole = code == 0 and load_checkpoint("out/ranks/last.pt")["step"] == 2000
-    return count, count * whole, count * (not whole)
+    killed, code = 0, None
+    with open("ranks.log", "w") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            for i in range(count):
+                step = last_step("out/ranks/metrics.jsonl")
+                until(lambda step=step: last_step("out/ranks/metrics.jsonl") > step + 50, child)
+                os.kill(children(child.pid)[chances.randrange(2)], 9)
+                killed += 1
+                until(lambda i=i: Path("ranks.log").read_text().count("going on from") > i, child)
+            code = child.wait(timeout=300)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            print(f"ranks: {error!r}: {Path('ranks.log').read_text()[-2000:]}")
+            for pid in [*children(child.pid), child.pid] if child.poll() is None else ():
+                os.kill(pid, 9)
+    whole = code == 0 and load_checkpoint("out/ranks/last.pt")["step"] == 1000
+    return killed, killed * whole, killed * (not whole)
 
 
 def bad_inputs():

@@ -1,0 +1,151 @@
+"""All runs side by side, out of what they leave in their folders; needs no torch.
+
+    python report.py [out/NAME ...] [--format md|csv|json]
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError, run
+from notebook import figure, read_run, table
+
+# The notebook's own results, by an earlier program: name, parameters, training tokens seen, FLOPs a token, loss
+RECORDED = [
+    ("experiment 1", 869_153, 209 * 2_347_038, 4_959_840, 6.1413),
+    ("experiment 2", 869_153, 10 * 115_716_078, 4_959_840, 5.8991),
+    ("experiment 3", 7_342_033, 10 * 115_716_078, 44_888_832, 4.1853),
+    ("experiment 4", 16_206_673, 9 * 115_716_078, 99_214_848, 3.8358),
+    ("experiment 5", 19_365_713, 0, 121_234_944, None),
+]
+
+
+def rows_of(folders):
+    """A dict a run, and one a recorded result, sorted by validation loss, those without one last."""
+    rows = []
+    for folder in folders:
+        if not (found := read_run(folder)) or not found[2]:
+            continue
+        about, lines, evaluations, final = found
+        best = min(evaluations, key=lambda line: line["val_loss"])
+        N, data, speeds = about["parameters"]["total"], about["data"], sorted(line["tokens_per_s"] for line in lines)
+        rows.append(dict(
+            run=os.path.basename(os.path.normpath(folder)), state="finished" if final else "not finished", parameters=N,
+            tokens=best["tokens"], tokens_per_parameter=best["tokens"] / N,
+            flops=best["tokens"] * about["flops_per_token"],
+            val_loss=best["val_loss"], val_ppl=best["val_ppl"], val_ppl_word=best["val_ppl_word"],
+            val_bits_per_byte=best["val_bits_per_byte"], hours=max(x["elapsed_s"] for x in lines + evaluations) / 3600,
+            tokens_per_s=speeds[len(speeds) // 2] if speeds else None, split=data["splits"]["val"]["sha256"],
+        ))
+    for name, N, D, flops, loss in RECORDED:
+        rows.append(dict(run=name, state="recorded" if loss else "not recorded", parameters=N, tokens=D or None,
+                         tokens_per_parameter=D / N if D else None, flops=D * flops or None, val_loss=loss,
+                         val_ppl=math.exp(loss) if loss else None, val_ppl_word=None, val_bits_per_byte=None,
+                         hours=None, tokens_per_s=None, split=None))
+    return sorted(rows, key=lambda row: row["val_loss"] or math.inf)
+
+
+def fit(rows):
+    """Fit L = E + A / N**alpha + B / D**beta to the runs (Hoffmann et al. 2022), or the form in N or D alone where the
+    other does not vary or there are too few runs, by least squares over a grid of exponents, all of E, A, B >= 0.
+
+    Returns a sentence: the fit, what it predicts, and on how little it stands.
+    """
+    splits = [row["split"] for row in rows if row["split"]]
+    runs = [row for row in rows if row["split"] and row["split"] == max(splits, key=splits.count)]
+    N, D, L = (np.array([row[key] for row in runs], float) for key in ("parameters", "tokens", "val_loss"))
+    terms = [name for name, values in (("N", N), ("D", D)) if len({float(f"{v:.2g}") for v in values}) >= 3]
+    if len(runs) < 3 or not terms:
+        return (f"No fit: {len(runs)} runs on one validation text, and a fit takes three or more that differ in size "
+                "or in tokens.")
+    terms = terms if len(runs) > 5 else terms[:1]
+    exponents, best = np.arange(0.05, 1.51, 0.01 if len(terms) == 1 else 0.03), None
+    for powers in itertools.product(exponents, repeat=len(terms)):
+        falling = [(N if term == "N" else D) ** -power for term, power in zip(terms, powers, strict=True)]
+        columns = np.stack([np.ones(len(L)), *falling], 1)
+        for kept in (list(range(len(terms) + 1)), list(range(1, len(terms) + 1))):  # E >= 0: or without it
+            factors = np.linalg.lstsq(columns[:, kept], L, rcond=None)[0]
+            error = np.square(columns[:, kept] @ factors - L).sum()
+            if (factors >= 0).all() and (best is None or error < best[0] - 1e-12):
+                best = error, powers, dict(zip(kept, factors, strict=True))
+    if best is None:
+        return "No fit: the loss does not fall with size or tokens among these runs."
+    error, powers, factors = best
+    ahead = {"N": 2 * N.max(), "D": 2 * D.max()}[terms[0]]
+    now = {"N": N[L.argmin()], "D": D[L.argmin()]}
+    predicted = factors.get(0, 0.0)
+    said = f"L = {predicted:.3f}"
+    for i, (term, power) in enumerate(zip(terms, powers, strict=True), 1):
+        said += f" + {factors[i]:.3g} / {term}^{power:.2f}"
+        predicted += factors[i] * (ahead if i == 1 else now[term]) ** -power
+    spare = len(runs) - 2 * len(terms) - 1
+    return (f"{said}, from {len(runs)} runs with {2 * len(terms) + 1} unknowns; root mean square error "
+            f"{math.sqrt(error / len(L)):.4f}. It predicts {predicted:.3f} (perplexity {math.exp(predicted):,.1f}) at "
+            f"{terms[0]} = {ahead:,.0f}. "
+            + (f"With {spare} more runs than unknowns this is a weak test." if spare > 0 else
+               "With no more runs than unknowns the curve passes through them whatever is true: a guess."))
+
+
+def draw(rows, path):
+    """report.png: the loss against parameters, tokens and FLOPs."""
+    picture, axes = figure(3)
+    for ax, key, label in zip(axes, ("parameters", "tokens", "flops"),
+                              ("parameters", "training tokens seen", "training FLOPs"), strict=True):
+        for row in rows:
+            if row["val_loss"]:
+                old = row["state"] == "recorded"
+                ax.plot(row[key], row["val_loss"], "x" if old else "o", color="gray" if old else "C0")
+                ax.annotate(row["run"], (row[key], row["val_loss"]), fontsize=7, xytext=(4, 3),
+                            textcoords="offset points")
+        ax.set(xscale="log", xlabel=label, ylabel="validation loss, nats a token")
+        ax.margins(x=0.25)
+    axes[0].set_title("o: runs here, x: the notebook's records", fontsize=9)
+    picture.savefig(path)
+
+
+def show(value):
+    """A figure for people."""
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else (
+        f"{value:.3g}" if value >= 1e6 else f"{value:,.4f}" if value < 20 else f"{value:,.2f}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="All runs side by side, and a picture of them.", allow_abbrev=False)
+    parser.add_argument("folders", nargs="*", metavar="out/NAME", help="runs' folders (default: all under out/)")
+    parser.add_argument("--format", choices=("md", "csv", "json"), default="md", help="of the table (default md)")
+    parser.add_argument("--picture", default="out/report.png", help="where the picture goes (default out/report.png)")
+    args = parser.parse_args(argv)
+    folders = args.folders or sorted(map(str, Path("out").glob("*/")))
+    if missing := [folder for folder in args.folders if not os.path.isdir(folder)]:
+        raise UserError(f"there is no folder {', '.join(missing)}; name runs' folders, or none for all under out/")
+    rows = rows_of(folders)
+    columns = [key for key in rows[0] if key != "split"]
+    if args.format == "md":
+        print(table(columns, [[show(row[key]) for key in columns] for row in rows]))
+        print(f"\n{fit(rows)}")
+    elif args.format == "csv":
+        writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        print(json.dumps(dict(date=time.strftime("%Y-%m-%d"), runs=rows, fit=fit(rows)), indent=2))
+    try:
+        os.makedirs(os.path.dirname(args.picture) or ".", exist_ok=True)
+        draw(rows, args.picture)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {args.picture}: {error}; name another --picture") from None
+    print(f"the picture is {args.picture}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

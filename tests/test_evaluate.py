@@ -1,0 +1,138 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_train import CPU, RANKS
+
+import train
+from config import load_config
+from data import load_meta, load_tokens
+from evaluate import evaluate, spans
+from model import LanguageModel
+
+
+def loud(dropout=0.5):
+    """A model whose losses differ from token to token."""
+    torch.manual_seed(0)
+    model = LanguageModel(50257, 16, 8, 2, 16, 1, dropout)
+    with torch.no_grad():
+        model.token_embedding.weight.mul_(20)
+    return model
+
+
+def direct(model, tokens, context, stride):
+    """The reference: one window at a time, plain logits, float64; every token but the first once, from the first window
+    that holds it, windows beginning at multiples of stride. Its losses by window, as lists."""
+    model.eval()
+    tokens, done, windows = torch.from_numpy(tokens.astype(np.int64)), 1, []
+    for start in range(0, len(tokens) - 1, stride):
+        window = tokens[start : start + context + 1]
+        with torch.no_grad():
+            loss = -model(window[None, :-1])[0].double().log_softmax(-1).gather(1, window[1:, None])[:, 0]
+        fresh = loss[done - start - 1 :].tolist()
+        done += len(fresh)
+        windows.append(fresh)
+        if done == len(tokens):
+            return windows
+
+
+@pytest.mark.parametrize("rows, dropout", [(1, 0.0), (3, 0.5), (64, 0.5)])
+def test_evaluation_is_the_whole_split_in_order(tiny, rows, dropout):
+    tokens, counts, model = load_tokens("tiny", "val"), load_meta("tiny")["splits"]["val"], loud(dropout)
+    figures = evaluate(model.train(), tokens, counts, 16, CPU, rows)
+    assert model.training
+    windows = direct(model, tokens, 16, 16)
+    losses = sum(windows, [])
+    nats, n = sum(losses), len(tokens) - 1
+    assert len(losses) == figures["tokens"] == n and (figures["context"], figures["stride"]) == (16, 16)
+    assert figures["loss"] == pytest.approx(nats / n, rel=1e-6)
+    assert figures["ppl"] == pytest.approx(math.exp(nats / n), rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(nats / counts["bytes"] / math.log(2), rel=1e-6)
+    assert math.log(figures["ppl_word"]) == pytest.approx(min(700, nats / counts["words"]), rel=1e-6)
+    residuals = np.array([sum(window) - nats / n * len(window) for window in windows])
+    k = len(windows)
+    assert figures["stderr"] == pytest.approx(math.sqrt((residuals**2).sum() * k / (k - 1)) / n, rel=1e-4)
+
+
+@pytest.mark.parametrize("stride, context", [(1, 16), (5, 16), (8, 16), (15, 16), (3, 7)])
+def test_the_strided_figure_is_that_of_a_double_loop(tiny, stride, context):
+    tokens, counts, model = load_tokens("tiny", "val")[:100], load_meta("tiny")["splits"]["val"], loud()
+    figures = evaluate(model, tokens, counts, context, CPU, 4, stride)
+    losses = sum(direct(model, tokens, context, stride), [])
+    assert len(losses) == 99 == figures["tokens"] and figures["stride"] == stride
+    assert figures["loss"] == pytest.approx(sum(losses) / 99, rel=1e-6)
+    assert abs(figures["loss"] - evaluate(model, tokens, counts, context, CPU, 4)["loss"]) > 1e-4  # another figure
+
+
+def test_every_token_counts_once_with_context_enough():
+    for n, context, stride in ((1, 4, 4), (99, 16, 5), (100, 16, 16), (17, 16, 1), (16, 16, 3)):
+        counted = [token for _, end, first in spans(n, context, stride) for token in range(first, end)]
+        assert counted == list(range(n))
+        for start, end, first in spans(n, context, stride):
+            assert end - start <= context and (start == 0 or first - start >= context - stride)
+
+
+def test_the_standard_error_is_how_far_such_texts_differ():
+    class Coin(torch.nn.Module):
+        """A model whose losses are drawn: each window's tokens have one."""
+
+        def token_losses(self, tokens, targets):
+            return (1 + torch.rand(len(tokens), 1, generator=generator)).expand(tokens.shape)
+
+    generator, counts = torch.Generator().manual_seed(0), dict(words=1, bytes=1)
+    found = [evaluate(Coin(), np.zeros(161, np.uint16), counts, 16, CPU, 4) for _ in range(400)]
+    spread = np.std([figures["loss"] for figures in found])
+    assert spread == pytest.approx(np.mean([figures["stderr"] for figures in found]), rel=0.1)
+
+
+def test_eval_only_shows_the_run_s_own_figures_on_any_number_of_ranks(tiny, capsys, script):
+    assert train.main([tiny, "--max_steps", "6"]) == 0
+    shown = capsys.readouterr().out
+    figures = shown[shown.index("val         loss") :].splitlines()[:2]
+    assert "over 699 tokens, 350 words, 2,100 bytes; context 16, stride 16, separator none" in figures[1]
+    for words in ([], ["--batch_size", "2"], ["--micro_batch_size", "5"], ["--dropout", "0"]):
+        assert train.main([tiny, "--eval_only", *words]) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == figures
+    assert train.main([tiny, "--eval_only", "--eval_stride", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == figures and "stride 4" in lines[4] and lines[3] != figures[0]
+    assert script("train.py", tiny, "--eval_only", launch=RANKS).stdout.splitlines()[1:] == figures
+
+
+def test_eval_only_s_mistakes_are_one_line(tiny):
+    from config import UserError
+
+    with pytest.raises(UserError, match="there is no checkpoint out/tiny/best.pt"):
+        train.main([tiny, "--eval_only"])
+    assert train.main([tiny, "--max_steps", "6"]) == 0
+    with pytest.raises(UserError, match="has no test split"):
+        train.main([tiny, "--eval_only", "--split", "test"])
+    with pytest.raises(UserError, match="leaves tokens out"):
+        train.main([tiny, "--eval_only", "--eval_stride", "17"])
+
+
+def test_experiment_1_on_the_real_validation_text(shared_data, tmp_path, monkeypatch, capsys):
+    """The program's figure, untrained, against ten lines that share nothing with it but the weights."""
+    import prepare
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "src").mkdir()
+    text = (shared_data / "wiki.valid.raw").read_text(encoding="utf-8")
+    for name in ("train", "valid"):
+        (tmp_path / f"src/wiki.{name}.raw").write_text(text[:60000], encoding="utf-8")
+    prepare.prepare("wikitext-2", "src")
+    c = load_config([str(ROOT / "config/exp1.py")])
+    torch.manual_seed(0)
+    model = LanguageModel(50257, 512, c.d_model, c.num_heads, c.d_ff, c.num_layers).eval()
+    with torch.no_grad():
+        model.token_embedding.weight.mul_(10)
+    figures = evaluate(model, load_tokens("wikitext-2", "val"), load_meta("wikitext-2")["splits"]["val"], 512, CPU, 4)
+    ids = torch.from_numpy(np.fromfile("data/wikitext-2/val.bin", dtype=np.uint16).astype(np.int64))
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 512):
+        x, y = ids[start : start + 512], ids[start + 1 : start + 513]
+        with torch.no_grad():
+            nats += torch.nn.functional.cross_entropy(model(x[None, : len(y)])[0], y, reduction="sum").item()
+    assert figures["ppl"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
