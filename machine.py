@@ -163,7 +163,7 @@ def open_machine(config):
         timeout = timedelta(minutes=config.rank_timeout)
         store = this_start(*next(dist.rendezvous("env://", timeout=timeout)), timeout.total_seconds())
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
-        roll_call = dist.new_group(backend="gloo", timeout=timedelta(seconds=15))
+        roll_call = dist.new_group(backend="gloo", timeout=min(timeout, timedelta(seconds=15)))
     try:
         yield Machine(device, getattr(torch, dtype), rank, world, local_world)
     except RuntimeError as error:

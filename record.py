@@ -56,7 +56,7 @@ class Record:
         self.meta, self.data, self.windows = meta, data, batches.windows
         self.last, self.prev, self.best = (f"{config.out_dir}/{name}.pt" for name in ("last", "prev", "best"))
         self.saved, self.saved_s = (state.step, state.evaluated_step), state.elapsed_s
-        self.began_s, self.failed = time.perf_counter() - state.elapsed_s, False
+        self.began_s = time.perf_counter() - state.elapsed_s
         self.board = board(config) if machine.rank == 0 else None
         self.write("run.json", lambda: self.describe(total_steps))
 
@@ -76,9 +76,12 @@ class Record:
         write_text(path, json.dumps(about, indent=2) + "\n")
 
     def finish(self, final):
-        """Write the last figures, and the entry for the last time."""
-        self.write("final.json", lambda: write_text(f"{self.config.out_dir}/final.json", json.dumps(final) + "\n"))
-        self.write("notebook.md", lambda: write_entry(self.config.out_dir))
+        """Write the last figures, and the entry for the last time; whether all of the run is on the disk."""
+        path, now = f"{self.config.out_dir}/final.json", (self.state.step, self.state.evaluated_step)
+        written = not final or self.write(path, lambda: write_text(path, json.dumps(final) + "\n"))
+        if final:
+            self.write("notebook.md", lambda: write_entry(self.config.out_dir))
+        return written and self.saved == now
 
     def epoch_at(self, step):
         return step * self.config.batch_size / self.windows
@@ -95,9 +98,7 @@ class Record:
         except OSError as error:
             self.machine.say(f"warning: cannot write {what} ({error.strerror}); the run goes on, {self.last_is()}",
                              file=sys.stderr)
-            self.failed = True
             return False
-        self.failed = False
         return True
 
     def log(self, **values):

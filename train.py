@@ -341,15 +341,16 @@ def train(config, machine, stop, again):
         machine.say(f"best at step {state.best['step']:,}, in {record.best}")
         for split, figures in final.items():
             machine.say(describe(split, figures, meta["separator"]))
-        record.finish(final)
     if state.best and config.expected_ppl:
         low, high = config.expected_ppl
         machine.say(f"expected {low:g} to {high:g}: {'met' if state.best['val_ppl'] <= high else 'not met'}")
     if config.recorded_ppl:
         machine.say(f"the notebook recorded {config.recorded_ppl:g}")
-    if record.failed:
-        machine.say(f"{config.out_dir} could not be written to the last: {record.last_is()}")
-    return int(record.failed)
+    if not record.finish(final):
+        machine.say(f"{config.out_dir} could not be written to the last: {record.last_is()}; free some space, then: "
+                    f"{again}")
+        return 1
+    return 0
 
 
 def last_figures(config, machine, micro, meta, record, stopped):

@@ -242,8 +242,8 @@ def test_mistakes_are_one_line_before_the_first_step(tiny, script):
 def test_half_precision_trains_too(tiny):
     for dtype in ("bfloat16", "float16"):  # float16 with a scaler, whose state is part of the checkpoint
         out = f"out/{dtype}"
-        assert train.main([tiny, "--dtype", dtype, "--max_steps", "25", "--out_dir", out]) == 0
-        assert metrics(out)[-1]["train_loss"] < 10.5
+        assert train.main([tiny, "--dtype", dtype, "--max_steps", "12", "--out_dir", out]) == 0
+        assert metrics(out)[-1]["train_loss"] < 10.7
         assert bool(load_checkpoint(f"{out}/last.pt")["scaler"]) == (dtype == "float16")
 
 
