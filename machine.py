@@ -112,19 +112,25 @@ def this_start(store, rank, world, seconds):
     count differently). So rank 0 draws a name, every other rank answers under it with one of its own, and goes on only
     when rank 0 has repeated that. Raises UserError after `seconds`.
     """
-    mine, end = uuid.uuid4().hex, time.monotonic() + seconds
-    if rank == 0:
-        store.set("start", mine)
-        answers = [store.get(f"{mine}/{other}").decode() for other in range(1, world)]  # waits for each
-        store.set(f"{mine}/go", " ".join(answers))
-        return dist.PrefixStore(mine, store)
-    while time.monotonic() < end:
-        start = store.get("start").decode()
-        store.set(f"{start}/{rank}", mine)
-        if store.check([f"{start}/go"]) and mine in store.get(f"{start}/go").decode():
-            return dist.PrefixStore(start, store)
-        time.sleep(0.05)
-    raise UserError(f"rank 0 has not begun within {seconds:g} s; start all machines together, or raise --rank_timeout")
+    mine, end, missing = uuid.uuid4().hex, time.monotonic() + seconds, 0
+    try:
+        if rank == 0:
+            store.set("start", mine)
+            answers = []
+            for missing in range(1, world):
+                answers.append(store.get(f"{mine}/{missing}").decode())  # waits
+            store.set(f"{mine}/go", " ".join(answers))
+            return dist.PrefixStore(mine, store)
+        while time.monotonic() < end:
+            start = store.get("start").decode()
+            store.set(f"{start}/{rank}", mine)
+            if store.check([f"{start}/go"]) and mine in store.get(f"{start}/go").decode():
+                return dist.PrefixStore(start, store)
+            time.sleep(0.05)
+    except RuntimeError:  # the store's time-out, or the store itself has gone
+        pass
+    raise UserError(f"rank {missing} has not begun within {seconds:g} s; start all ranks together, or raise "
+                    "--rank_timeout")
 
 
 @contextlib.contextmanager

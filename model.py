@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, D = d_model, H heads, V = vocab_size; N = B * T rows. Parameters are float32.
 """
 
+import functools
 import math
 
 import torch
@@ -91,18 +92,21 @@ class Cache:
 
         return attend
 
-    def append(self, layer, at):
-        """A layer's attention of one new token a row, at positions `at` (B,), to all that its row holds."""
-        longest = int(self.lengths.max()) + 1
-        mask = (torch.arange(longest, device=at.device) <= at[:, None])[:, None, None]  # (B, 1, 1, longest)
+    def append(self, at):
+        """attend(layer) for one new token a row, at positions `at` (B,) int64 on the CPU: to all that its row holds."""
+        longest, device = int(at.max()) + 1, self.k.device
+        if int(at.min()) + 1 == longest:  # rows of one length need neither a mask nor indices
+            rows, where, mask = slice(None), longest - 1, None
+        else:
+            rows, where = torch.arange(len(at), device=device), at.to(device)
+            mask = (torch.arange(longest, device=device) <= where[:, None])[:, None, None]  # (B, 1, 1, longest)
 
-        def attend(q, k, v):
-            rows = torch.arange(len(at), device=at.device)
-            self.k[layer, rows, :, at], self.v[layer, rows, :, at] = k[:, :, 0], v[:, :, 0]
+        def attend(layer, q, k, v):
+            self.k[layer, rows, :, where], self.v[layer, rows, :, where] = k[:, :, 0], v[:, :, 0]
             seen = self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
             return F.scaled_dot_product_attention(q, *seen, attn_mask=mask)
 
-        return attend
+        return lambda layer: functools.partial(attend, layer)
 
 
 class LanguageModel(nn.Module):
@@ -158,9 +162,8 @@ class LanguageModel(nn.Module):
         """Add one id to every row of a cache, ids (B,) int64; what the head reads to predict the next: (B, D). Rows
         that are full already give nothing of use, and want a prefill."""
         full = self.args["max_seq_len"]
-        at = cache.lengths.clamp(max=full - 1).to(ids.device)
-        cache.lengths.clamp_(max=full - 1)
-        x = type(self).hidden(self, ids[:, None], at[:, None], lambda layer: cache.append(layer, at))
+        at = cache.lengths.clamp_(max=full - 1)
+        x = type(self).hidden(self, ids[:, None], at[:, None].to(ids.device), cache.append(at))
         cache.lengths += 1
         return x[:, 0]
 

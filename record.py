@@ -58,6 +58,9 @@ class Record:
         self.saved, self.saved_s = (state.step, state.evaluated_step), state.elapsed_s
         self.began_s = time.perf_counter() - state.elapsed_s
         self.board = board(config) if machine.rank == 0 else None
+        self.final = f"{config.out_dir}/final.json"
+        if machine.rank == 0 and os.path.exists(self.final):  # a run that is extended has not ended yet
+            os.remove(self.final)
         self.write("run.json", lambda: self.describe(total_steps))
 
     def describe(self, total_steps):
@@ -77,11 +80,10 @@ class Record:
 
     def finish(self, final):
         """Write the last figures, and the entry for the last time; whether all of the run is on the disk."""
-        path, now = f"{self.config.out_dir}/final.json", (self.state.step, self.state.evaluated_step)
-        written = not final or self.write(path, lambda: write_text(path, json.dumps(final) + "\n"))
+        written = not final or self.write(self.final, lambda: write_text(self.final, json.dumps(final) + "\n"))
         if final:
             self.write("notebook.md", lambda: write_entry(self.config.out_dir))
-        return written and self.saved == now
+        return written and self.saved == (self.state.step, self.state.evaluated_step)
 
     def epoch_at(self, step):
         return step * self.config.batch_size / self.windows

@@ -59,7 +59,15 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
 
-@torch.no_grad()
+def lay_out_for_one(model):
+    """Store a model's matrices by columns, in place: on a CPU a product with one row then reads memory at more than
+    twice the speed (the head, on two cores: 24 GB/s against 9). For sampling alone, and for one text at a time."""
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data = p.data.t().contiguous().t()
+
+
+@torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1.0, repetition_penalty=1.0, seed=0,
              vocab_size=None):
     """Continue prompts (B lists of ids, of any lengths) as one batch. Yields max_new_tokens times (ids, logprobs), two
@@ -82,7 +90,10 @@ def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1
         row[prompt] = True
     x = model.prefill([row[-context:] for row in rows], cache, list(range(len(rows))))
     for step in range(max_new_tokens):
-        logits = model.head(x)
+        if len(rows) > 1 and device.type == "cpu":  # for a few rows this order is twice as fast there
+            logits = torch.addmm(model.head_bias[:, None], model.token_embedding.weight, x.t()).t().contiguous()
+        else:
+            logits = model.head(x)
         if vocab_size is not None:
             logits[:, vocab_size:] = -torch.inf
         raw = logits
@@ -95,7 +106,8 @@ def generate(model, prompts, max_new_tokens, temperature=0.8, top_k=200, top_p=1
             row.append(id)
         yield ids.tolist(), picked[:, 0].tolist()
         if step + 1 < max_new_tokens:
-            seen.scatter_(1, ids[:, None], True)
+            if repetition_penalty != 1:
+                seen.scatter_(1, ids[:, None], True)
             full = [i for i, length in enumerate(cache.lengths.tolist()) if length == context]
             x = model.decode(ids.to(device), cache)
             if full:
@@ -204,6 +216,8 @@ def main(argv=None):
     about = f", validation perplexity {figures['val_ppl']:.2f}" if figures else ", not evaluated yet"
     print(f"{path}: step {checkpoint['step']:,}{about}", file=sys.stderr)
     model.to(args.device)
+    if args.device == "cpu" and args.num_samples * len(prompts) == 1:
+        lay_out_for_one(model)
     encoding = load_tokenizer()
     if not args.interactive:
         return say(model, encoding, prompts, args)

@@ -144,17 +144,22 @@ def test_save_minutes(tiny, monkeypatch):
 
 
 def kill_at_random(command, folder, chances, times):
-    """Start command again and again, each time killing it (SIGKILL) up to half a second after its first step is due;
-    then let it end. How many kills hit a save, and the worst count of steps that one cost."""
-    amid, worst, reached = 0, 0, 0
-    for _ in range(times):
+    """Start command again and again and kill it (SIGKILL) up to a quarter of a second after its first step, every other
+    time when the next save has begun. How many kills hit a save, and the worst count of steps that one cost."""
+    amid, worst, reached, part = 0, 0, 0, Path(folder, "last.pt.part")
+    for i in range(times):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
             line = next(line for line in child.stdout if line.startswith(("going on from", "no checkpoint in")))
             worst = max(worst, reached - int(line.split()[-1].replace(",", "")))
-            time.sleep(chances.random() / 2)  # no synchronisation: the moment is to be any
+            until(lambda: step_of(folder) > reached, child)  # noqa: B023
+            time.sleep(chances.random() / 4)  # no synchronisation: the moment is to be any
+            if i % 2:
+                while not part.exists() and child.poll() is None:
+                    pass
+            assert child.poll() is None, "the run ended before it could be killed"
             child.kill()
-        amid += os.path.exists(f"{folder}/last.pt.part")
-        reached = checkpoint.last_step(f"{folder}/metrics.jsonl")
+        amid += part.exists()
+        reached = step_of(folder)
     return amid, worst
 
 

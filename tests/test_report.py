@@ -90,8 +90,12 @@ def test_a_run_killed_before_its_last_figures_makes_up_for_them(tiny, monkeypatc
     assert not Path("out/tiny/final.json").exists()
     assert train.main([tiny, "--max_steps", "6", "--resume"]) == 0
     assert Path("out/tiny/final.json").exists() and "finished" in capsys.readouterr().out
-    assert train.main([tiny, "--max_steps", "9", "--resume"]) == 0  # extended: new figures
-    assert len(metrics(evaluations=True)) == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # extended: it has not ended yet
+        patch.setattr(train, "last_figures", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        train.main([tiny, "--max_steps", "9", "--resume"])
+    assert "So far: 9 of 9" in Path("out/tiny/notebook.md").read_text()
+    assert train.main([tiny, "--max_steps", "9", "--resume"]) == 0
+    assert "Finished: 9 of 9" in Path("out/tiny/notebook.md").read_text() and len(metrics(evaluations=True)) == 2
 
 
 def test_tensorboard_where_there_is_one_and_a_line_where_not(tiny, monkeypatch, capsys):
