@@ -265,6 +265,16 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tiny, script):
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
 
 
+def test_sigterm_to_torchrun_is_one_checkpoint_of_all_ranks(tiny):
+    command = [sys.executable, *RANKS, str(ROOT / "train.py"), tiny, "--epochs", "9999", "--save_interval", "0"]
+    with started(command, stdout=subprocess.PIPE) as child:
+        until(lambda: step_of("out/tiny") > 5, child)
+        child.send_signal(signal.SIGTERM)  # as a job scheduler's
+        out, _ = child.communicate(timeout=60)
+    assert out.count("stopped at step") == 1 and "--resume" in out
+    assert load_newest("out/tiny")[0]["step"] == step_of("out/tiny")
+
+
 @linux
 def test_a_rank_that_hangs_is_named_and_waited_for_no_longer_than_said(tiny):
     command = [sys.executable, *RANKS, str(ROOT / "train.py"), tiny, "--epochs", "9999", "--rank_timeout", "0.05"]
