@@ -150,7 +150,7 @@ def write_entry(folder):
     if recorded := about["config"]["recorded_ppl"]:
         label = f"the notebook's {recorded:g}"
         axes.axhline(math.log(recorded), linestyle="--", color="gray", linewidth=1, label=label)
-    axes.set(xlabel="training tokens seen", ylabel="loss, nats a token", title=about["name"])
+    axes.set(xlabel="training tokens seen", ylabel="loss, nats a token", title=os.path.basename(os.path.abspath(folder)))
     axes.legend()
     picture.savefig(f"{folder}/.curve.png")
     os.replace(f"{folder}/.curve.png", f"{folder}/curve.png")

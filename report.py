@@ -18,13 +18,13 @@ import numpy as np
 from config import UserError, run
 from notebook import figure, read_run, table
 
-# The notebook's own results, by an earlier program: name, parameters, training tokens seen, FLOPs a token, loss
+# The notebook's own results, by an earlier program: name, parameters, tokens seen, FLOPs a token, loss, perplexity
 RECORDED = [
-    ("experiment 1", 869_153, 209 * 2_347_038, 4_959_840, 6.1413),
-    ("experiment 2", 869_153, 10 * 115_716_078, 4_959_840, 5.8991),
-    ("experiment 3", 7_342_033, 10 * 115_716_078, 44_888_832, 4.1853),
-    ("experiment 4", 16_206_673, 9 * 115_716_078, 99_214_848, 3.8358),
-    ("experiment 5", 19_365_713, 0, 121_234_944, None),
+    ("experiment 1", 869_153, 209 * 2_347_038, 4_959_840, 6.1413, 464.64),
+    ("experiment 2", 869_153, 10 * 115_716_078, 4_959_840, 5.8991, 364.71),
+    ("experiment 3", 7_342_033, 10 * 115_716_078, 44_888_832, 4.1853, 65.71),
+    ("experiment 4", 16_206_673, 9 * 115_716_078, 99_214_848, 3.8358, 46.33),
+    ("experiment 5", 19_365_713, 0, 121_234_944, None, None),
 ]
 
 
@@ -45,10 +45,10 @@ def rows_of(folders):
             val_bits_per_byte=best["val_bits_per_byte"], hours=max(x["elapsed_s"] for x in lines + evaluations) / 3600,
             tokens_per_s=speeds[len(speeds) // 2] if speeds else None, split=data["splits"]["val"]["sha256"],
         ))
-    for name, N, D, flops, loss in RECORDED:
+    for name, N, D, flops, loss, ppl in RECORDED:
         rows.append(dict(run=name, state="recorded" if loss else "not recorded", parameters=N, tokens=D or None,
                          tokens_per_parameter=D / N if D else None, flops=D * flops or None, val_loss=loss,
-                         val_ppl=math.exp(loss) if loss else None, val_ppl_word=None, val_bits_per_byte=None,
+                         val_ppl=ppl, val_ppl_word=None, val_bits_per_byte=None,
                          hours=None, tokens_per_s=None, split=None))
     return sorted(rows, key=lambda row: row["val_loss"] or math.inf)
 
@@ -106,7 +106,7 @@ def draw(rows, path):
                 ax.annotate(row["run"], (row[key], row["val_loss"]), fontsize=7, xytext=(4, 3),
                             textcoords="offset points")
         ax.set(xscale="log", xlabel=label, ylabel="validation loss, nats a token")
-        ax.margins(x=0.25)
+        ax.margins(x=0.4)
     axes[0].set_title("o: runs here, x: the notebook's records", fontsize=9)
     picture.savefig(path)
 
@@ -115,8 +115,11 @@ def show(value):
     """A figure for people."""
     if value is None:
         return "-"
-    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else (
-        f"{value:.3g}" if value >= 1e6 else f"{value:,.4f}" if value < 20 else f"{value:,.2f}")
+    if isinstance(value, str):
+        return value
+    if value >= 1e12:
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if value < 20 else f"{value:,.2f}"
 
 
 def main(argv=None):
