@@ -143,14 +143,15 @@ def write_entry(folder):
     """Write a run's notebook.md and curve.png anew, each whole or not at all."""
     about, lines, evaluations, _ = read_run(folder)
     picture, (axes,) = figure(1)
-    for name, found, key, style in ("train", lines, "train_loss", "-"), ("validation", evaluations, "val_loss", "o-"):
+    for label, found, key, style in ("train", lines, "train_loss", "-"), ("validation", evaluations, "val_loss", "o-"):
         points = [(line["tokens"], line[key]) for line in found if line[key] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=3, linewidth=1)
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
     if recorded := about["config"]["recorded_ppl"]:
         label = f"the notebook's {recorded:g}"
         axes.axhline(math.log(recorded), linestyle="--", color="gray", linewidth=1, label=label)
-    axes.set(xlabel="training tokens seen", ylabel="loss, nats a token", title=os.path.basename(os.path.abspath(folder)))
+    name = os.path.basename(os.path.abspath(folder))
+    axes.set(xlabel="training tokens seen", ylabel="loss, nats a token", title=name)
     axes.legend()
     picture.savefig(f"{folder}/.curve.png")
     os.replace(f"{folder}/.curve.png", f"{folder}/curve.png")
