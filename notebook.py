@@ -102,7 +102,8 @@ def results(about, lines, evaluations, final):
                      f"{line['val_loss']:.4f}", f"{line['val_ppl']:,.2f}", gain])
         before = line["val_ppl"]
     best = min(evaluations, key=lambda line: line["val_loss"])
-    last, speeds = (lines or evaluations)[-1], sorted(line["tokens_per_s"] for line in lines)
+    last = max(lines + evaluations, key=lambda line: line["step"])
+    speeds = sorted(line["tokens_per_s"] for line in lines)
     paragraphs = [
         table(["epoch", "step", "train loss", "val loss", "val perplexity", "change"], rows), "![loss](curve.png)",
         f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, perplexity {best['val_ppl']:,.2f} a "

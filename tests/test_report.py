@@ -56,7 +56,7 @@ def best(lines):
 def test_the_entry_is_there_before_the_end_and_after_a_stop(tiny):
     assert train.main([tiny, "--max_steps", "6", "--eval_interval", "3", "--max_hours", "1e-9"]) == 0
     assert "Finished: 1 of 6" in Path("out/tiny/notebook.md").read_text()
-    assert train.main([tiny, "--max_steps", "6", "--eval_interval", "3", "--resume"]) == 0
+    assert train.main([tiny, "--max_steps", "6", "--eval_interval", "3", "--resume", "--log_interval", "4"]) == 0
     assert [line["step"] for line in metrics(evaluations=True)] == [1, 3, 6]
     assert "Finished: 6 of 6" in Path("out/tiny/notebook.md").read_text()
 
