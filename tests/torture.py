@@ -26,6 +26,7 @@ from checkpoint import last_step, load_checkpoint
 
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 LIMIT = 14 * 60  # seconds, then what is left is not tried
+CHAIN = 10  # kills of one run
 
 
 def trains(*words, code=0, launch=()):
@@ -38,7 +39,7 @@ def trains(*words, code=0, launch=()):
 
 def kills(count, chances, deadline):
     """Runs killed again and again, which must end as the undisturbed run: (tried, survived, lost, amid saves)."""
-    words = ["tiny.py", "--epochs", "99", "--max_steps", "300", "--eval_interval", "30", "--save_interval", "1"]
+    words = ["tiny.py", "--epochs", "99", "--max_steps", "600", "--eval_interval", "200", "--save_interval", "1"]
     trains(*words, "--out_dir", "out/whole")
 
     def chain(i):
@@ -46,18 +47,18 @@ def kills(count, chances, deadline):
             return 0, 0, 0, 0
         command = [*words, "--out_dir", f"out/cut{i}", "--resume"]
         try:
-            amid, worst = kill_at_random([*TRAIN, *command], f"out/cut{i}", random.Random(chances + i), 5)
+            amid, worst = kill_at_random([*TRAIN, *command], f"out/cut{i}", random.Random(chances + i), CHAIN)
             trains(*command)
             assert_the_same_run("out/whole", f"out/cut{i}")
             assert worst <= 1, f"a kill cost {worst} steps"
         except AssertionError as error:
             print(f"chain {i}: {str(error)[-300:]}")
-            return 5, 0, 5, 0
+            return CHAIN, 0, CHAIN, 0
         shutil.rmtree(f"out/cut{i}")
-        return 5, 5, 0, amid
+        return CHAIN, CHAIN, 0, amid
 
     with ThreadPoolExecutor(2) as pool:
-        return [sum(column) for column in zip(*pool.map(chain, range(count // 5)), strict=True)]
+        return [sum(column) for column in zip(*pool.map(chain, range(-(-count // CHAIN))), strict=True)]
 
 
 def ranks_killed(count, chances):
