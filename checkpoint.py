@@ -22,12 +22,12 @@ FREE = {
     "expected_ppl", "recorded_ppl", "eval_only", "split", "eval_stride", "sample_prompts", "tensorboard",
 }
 NEEDED = {"model", "model_args", "step"}  # by sampling
-NEEDED_TO_RESUME = NEEDED | {"optimizer", "scaler", "state", "config", "data"}
+NEEDED_TO_RESUME = NEEDED | {"optimizers", "scaler", "state", "config", "data"}
 
 
 @dataclass
 class State:
-    """All of a run that must survive a restart beside the weights, the optimizer and the scaler."""
+    """All of a run that must survive a restart beside the weights, the optimizers and the scaler."""
 
     step: int = 0  # optimizer steps done
     elapsed_s: float = 0.0  # over all restarts

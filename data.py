@@ -102,6 +102,14 @@ def load_tokenizer():
                         "`pip install -r requirements.txt`, or set TIKTOKEN_CACHE_DIR to a folder of yours") from None
 
 
+def log_frequencies(tokens, vocab_size):
+    """The natural log of each id's share of tokens (n,) uint16, each counted once more than it occurs: (V,) float32."""
+    counts = np.ones(vocab_size)
+    for start in range(0, len(tokens), 1 << 22):  # in parts, since bincount wants int64
+        counts += np.bincount(tokens[start : start + (1 << 22)], minlength=vocab_size)
+    return np.log(counts / counts.sum()).astype(np.float32)
+
+
 class Batches:
     """The order of a run's training windows, a pure function of (seed, i).
 

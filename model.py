@@ -69,6 +69,59 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp_out(y))
 
 
+def rms_norm(x):
+    """x over its root mean square along the last dimension; no gain. Zhang and Sennrich 2019."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def rotations(positions, size):
+    """What turns queries and keys at `positions` (T,) or (B, T): cos and sin, (..., 1, T, size / 2) float32."""
+    frequencies = 10000.0 ** -(torch.arange(0, size, 2, device=positions.device) / size)
+    angles = (positions[..., None] * frequencies).unsqueeze(-3)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021): x (B, H, T, size), each pair of its halves turned by its position's angles."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class ModernBlock(nn.Module):
+    """Experiment 6's block, pre-norm as the other: RMSNorm without a gain, rotary positions, queries and keys
+    normalised, a squared ReLU, no biases. What feeds the residual stream begins at zero. Each part's worth is in
+    docs/ablations.md.
+
+    The stream takes the embeddings in again before each block (`mix`), and the values the first block's (`value_mix`;
+    Zhou et al. 2024). The parts are those of modded-nanogpt.
+    """
+
+    def __init__(self, d_model, num_heads, d_ff, dropout):
+        super().__init__()
+        self.num_heads = num_heads
+        self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.attention_out = nn.Linear(d_model, d_model, bias=False)
+        self.mlp_in = nn.Linear(d_model, d_ff, bias=False)
+        self.mlp_out = nn.Linear(d_ff, d_model, bias=False)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x, start, values, rotation, attend=causal_attention):
+        """x and start, the embeddings (B, T, D); values, the first block's (B, H, T, D / H), None for that block itself
+        -> (x, the first block's values)."""
+        B, T, D = x.shape
+        x = self.mix[0] * x + self.mix[1] * start
+        q, k, v = self.qkv(rms_norm(x)).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k = (rotate(rms_norm(t), *rotation).type_as(v) for t in (q, k))
+        values = v if values is None else values
+        v = (self.value_mix[0] * v + self.value_mix[1] * values).type_as(v)
+        y = attend(q, k, v).transpose(1, 2).reshape(B, T, D)
+        x = x + self.dropout(self.attention_out(y))
+        y = F.relu(self.mlp_in(rms_norm(x))).square()
+        return x + self.dropout(self.mlp_out(y)), values
+
+
 class Cache:
     """Keys and values of B rows of tokens, so that one more token costs one position's work.
 
@@ -110,29 +163,38 @@ class Cache:
 
 
 class LanguageModel(nn.Module):
-    """A GPT: token embedding + learned positions, dropout, num_layers blocks, LayerNorm, head tied to the embedding.
+    """A GPT: token embedding, dropout, num_layers blocks, a norm, and a head tied to the embedding with a bias over the
+    vocabulary of its own.
 
-    The head has a bias over the vocabulary of its own. Initialised as GPT-2 (Radford et al. 2019): normal(0, 0.02),
-    projections into the residual stream scaled by 1 / sqrt(2 * num_layers), biases zero.
+    block "gpt2" is the notebook's: learned positions beside the embedding, LayerNorm. Initialised as GPT-2 (Radford et
+    al. 2019): normal(0, 0.02), projections into the residual stream scaled by 1 / sqrt(2 * num_layers), biases zero.
+    block "modern" is experiment 6's: see ModernBlock. Its embeddings are normalised where they enter the stream.
     """
 
-    def __init__(self, vocab_size, max_seq_len, d_model, num_heads, d_ff, num_layers, dropout=0.0):
+    def __init__(self, vocab_size, max_seq_len, d_model, num_heads, d_ff, num_layers, dropout=0.0, block="gpt2"):
         super().__init__()
         self.args = dict(
             vocab_size=vocab_size, max_seq_len=max_seq_len, d_model=d_model, num_heads=num_heads, d_ff=d_ff,
-            num_layers=num_layers, dropout=dropout,
+            num_layers=num_layers, dropout=dropout, block=block,
         )
+        self.modern = block == "modern"
         self.token_embedding = nn.Embedding(vocab_size, d_model)
-        self.position_embedding = nn.Embedding(max_seq_len, d_model)
+        if not self.modern:
+            self.position_embedding = nn.Embedding(max_seq_len, d_model)
+            self.final_norm = nn.LayerNorm(d_model)
         self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
-        self.final_norm = nn.LayerNorm(d_model)
+        kind = ModernBlock if self.modern else Block
+        self.blocks = nn.ModuleList(kind(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
         self.head_bias = nn.Parameter(torch.zeros(vocab_size))
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                residual = name.endswith(("attention_out", "mlp_out"))
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * num_layers) if residual else 0.02)
-            if isinstance(module, nn.Linear):
+                std = 0.02
+                if name.endswith(("attention_out", "mlp_out")):
+                    std = 0.0 if self.modern else 0.02 / math.sqrt(2 * num_layers)
+                elif self.modern and isinstance(module, nn.Linear):
+                    std = (3 * d_model) ** -0.5
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def hidden(self, tokens, positions=None, attend=None):
@@ -142,9 +204,17 @@ class LanguageModel(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, attend(layer)) if attend else block(x)
+        attentions = [attend(i) if attend else causal_attention for i in range(len(self.blocks))]
+        x = self.token_embedding(tokens)
+        if self.modern:
+            x = start = self.dropout(rms_norm(x))
+            values, rotation = None, rotations(positions, self.args["d_model"] // self.args["num_heads"])
+            for block, attention in zip(self.blocks, attentions, strict=True):
+                x, values = block(x, start, values, rotation, attention)
+            return rms_norm(x)
+        x = self.dropout(x + self.position_embedding(positions))
+        for block, attention in zip(self.blocks, attentions, strict=True):
+            x = block(x, attention)
         return self.final_norm(x)
 
     def prefill(self, prompts, cache, rows):
@@ -190,7 +260,7 @@ class LanguageModel(nn.Module):
     def count(self):
         """Parameters, counted once each: a dict of total, embeddings (token and position), head_bias and blocks."""
         total = sum(p.numel() for p in self.parameters())
-        embeddings = self.token_embedding.weight.numel() + self.position_embedding.weight.numel()
+        embeddings = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         bias = self.head_bias.numel()
         return dict(total=total, embeddings=embeddings, head_bias=bias, blocks=total - embeddings - bias)
 

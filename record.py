@@ -154,8 +154,8 @@ class Record:
         now = self.state.step, self.state.evaluated_step
 
         def write():
-            more = dict(optimizer=self.training.optimizer.state_dict(), scaler=self.training.scaler.state_dict(),
-                        state=dataclasses.asdict(self.state), data=self.data)
+            more = dict(optimizers=[optimizer.state_dict() for optimizer in self.training.optimizers],
+                        scaler=self.training.scaler.state_dict(), state=dataclasses.asdict(self.state), data=self.data)
             save_checkpoint(self.contents(**more), self.last, keep=self.prev)
 
         if now != self.saved and self.write(self.last, write):

@@ -23,36 +23,13 @@ import torch.distributed as dist
 
 from checkpoint import State, differences, load_checkpoint, load_model, load_newest
 from config import UserError, load_config, run
-from data import Batches, load_meta, load_tokens
+from data import Batches, load_meta, load_tokens, log_frequencies
 from evaluate import describe, evaluate
 from machine import compile_blocks, micro_batch_size, open_machine
 from model import LanguageModel
+from optimizer import lr_at, make_optimizers
 from prepare import progress
 from record import Record, keep_metrics, mean
-
-# --- the experiment, as pure functions ------------------------------------------------------------------------------
-
-
-def lr_at(step, config, total_steps):
-    """The learning rate of a step, counted from 0: linear warm-up, then a cosine to min_learning_rate, or constant."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1, done)))
-    return config.min_learning_rate + cosine * (config.learning_rate - config.min_learning_rate)
-
-
-def parameter_groups(model, weight_decay):
-    """AdamW's groups: matrices and embeddings decay, biases and gains do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    assert {*map(id, matrices), *map(id, rest)} == {*map(id, model.parameters())}
-    return [dict(params=matrices, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-
-
-# --- the run --------------------------------------------------------------------------------------------------------
 
 
 def plan(config, meta, batches, total_steps, model, micro, machine):
@@ -114,30 +91,32 @@ class Training:
 
     model: LanguageModel
     stepped: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list  # AdamW, and Muon if it is asked for
     scaler: torch.amp.GradScaler
     micro: int  # sequences a forward pass
     compiled: bool
 
 
-def new_model(config, vocab_size):
-    """A model with the config's shape and its seed's weights, on the CPU."""
+def new_model(config, vocab_size, tokens=None):
+    """A model with the config's shape and its seed's weights, on the CPU. tokens: the training split, (n,) uint16."""
     torch.manual_seed(config.seed)
-    return LanguageModel(vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff,
-                         config.num_layers, config.dropout)
+    model = LanguageModel(vocab_size, config.max_seq_len, config.d_model, config.num_heads, config.d_ff,
+                          config.num_layers, config.dropout, config.block)
+    if config.unigram_bias and tokens is not None:
+        model.head_bias.data = torch.from_numpy(log_frequencies(tokens, vocab_size))
+    return model
 
 
 def prepare_training(config, machine, model):
     """The Training of a model that is on its device."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate,
-                                  betas=(config.beta1, config.beta2), fused=True)
+    optimizers = make_optimizers(config, model)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     wanted = machine.device.type == "cuda" if config.compile is None else config.compile
     compiled = wanted and compile_blocks(model, machine)
     stepped = model
     if machine.world > 1:
         stepped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Training(model, stepped, optimizer, scaler, micro_batch_size(config, model, machine), compiled)
+    return Training(model, stepped, optimizers, scaler, micro_batch_size(config, model, machine), compiled)
 
 
 def take_step(config, machine, training, batches, step, lr):
@@ -145,11 +124,9 @@ def take_step(config, machine, training, batches, step, lr):
 
     Where the norm is not finite, which it is not either where a loss is not, weights and optimizer stay as they were.
     """
-    stepped, optimizer, scaler = training.stepped, training.optimizer, training.scaler
+    stepped, scaler = training.stepped, training.scaler
     seed = np.random.SeedSequence([config.seed, step, machine.rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(seed[0]))  # dropout's
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     rows = torch.from_numpy(batches.batch(step, machine.rank, machine.world))
     if machine.device.type == "cuda":
         rows = rows.pin_memory()
@@ -163,13 +140,17 @@ def take_step(config, machine, training, batches, step, lr):
                 loss = stepped(part[:, :-1], part[:, 1:]) * (len(part) / config.batch_size)
             scaler.scale(loss * machine.world).backward()
         total += loss.detach()
-    scaler.unscale_(optimizer)
+    for optimizer in training.optimizers:
+        scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(training.model.parameters(), config.grad_clip or math.inf)
-    # read by the fused kernel on the device, so that nobody waits for it; scaler.step() would look at inf alone
-    optimizer.found_inf = (~norm.isfinite()).float()
-    optimizer.step()
+    for optimizer in training.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        # read on the device, so that nobody waits for it; scaler.step() would look at inf alone
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    training.model.zero_grad(set_to_none=True)
     return total, norm
 
 
@@ -252,7 +233,7 @@ def train(config, machine, stop, again):
         k: v for k, v in dataclasses.asdict(config).items() if k not in ("data_dir", "out_dir", "device", "dtype")
     })
 
-    model = new_model(config, meta["vocab_size"]).to(machine.device)
+    model = new_model(config, meta["vocab_size"], tokens).to(machine.device)
     micro = micro_batch_size(config, model, machine)
     machine.say(plan(config, meta, batches, total_steps, model, micro, machine))
     if config.dry_run:
@@ -266,7 +247,8 @@ def train(config, machine, stop, again):
     training = prepare_training(config, machine, model)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        training.optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, saved in zip(training.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         training.scaler.load_state_dict(checkpoint["scaler"])
         del checkpoint
     record = Record(config, machine, training, state, meta, data, batches, total_steps)

@@ -61,6 +61,8 @@ class Config:
     d_ff: int = setting(1024, "width of the MLP", low=1)
     num_layers: int = setting(8, "blocks", low=1)
     dropout: float = setting(0.1, "on the embedding sum and on each residual branch", low=0, below=1)
+    block: str = setting("gpt2", "gpt2, the notebook's, or modern, experiment 6's", choices=("gpt2", "modern"))
+    unigram_bias: bool = setting(False, "begin with the head's bias at the log frequencies of the training tokens")
     # training
     batch_size: int = setting(32, "sequences an optimizer step, over all ranks and micro-batches", low=1)
     micro_batch_size: int = setting(
@@ -71,9 +73,13 @@ class Config:
     max_hours: float = setting(0.0, "end cleanly after so many hours, resumes included (0: no limit)", low=0)
     patience: int = setting(0, "end after so many evaluations without a new best (0: never)", low=0)
     learning_rate: float = setting(4e-4, "AdamW's learning rate after warm-up", low=0)
-    min_learning_rate: float = setting(0.0, "where the cosine ends", low=0)
+    min_learning_rate: float = setting(0.0, "where the schedule ends", low=0)
     warmup_steps: int = setting(200, "steps of linear warm-up", low=0)
-    lr_schedule: str = setting("cosine", "after the warm-up", choices=("cosine", "constant"))
+    lr_schedule: str = setting("cosine", "after the warm-up; a trapezoid falls over the last 40 % of the steps",
+                               choices=("cosine", "trapezoid", "constant"))
+    optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest",
+                             choices=("adamw", "muon"))
+    muon_learning_rate: float = setting(0.02, "Muon's after warm-up; follows the same schedule", low=0)
     weight_decay: float = setting(0.1, "AdamW's, on matrices and embeddings, not on biases and gains", low=0)
     beta1: float = setting(0.9, "AdamW's", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's; 0.95 as GPT-3's and nanoGPT's", low=0, below=1)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from bad_inputs import CASES, flipped
 from conftest import ROOT, make_dataset
-from test_train import RANKS, assert_the_same_run, metrics, same, weights
+from test_train import MODERN, RANKS, assert_the_same_run, metrics, same, weights
 
 import checkpoint
 import record
@@ -176,7 +176,8 @@ def test_killed_at_any_moment_the_run_is_the_same(tiny):
 # --- numbers that are none
 
 
-def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [(), MODERN])
+def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny, monkeypatch, capsys, more):
     real, call = HeadLoss.forward, 0
 
     def poisoned(ctx, *args):
@@ -191,15 +192,15 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny, monkeypatch, 
 
     def watched(config, machine, training, batches, number, lr):
         before = [p.detach().clone() for p in training.model.parameters()]
-        moments = [v.clone() for s in training.optimizer.state.values() for v in s.values()]
+        moments = [v.clone() for o in training.optimizers for s in o.state.values() for v in s.values()]
         result = step(config, machine, training, batches, number, lr)
-        now = [v for s in training.optimizer.state.values() for v in s.values()]
+        now = [v for o in training.optimizers for s in o.state.values() for v in s.values()]
         seen.append(all(map(torch.equal, before, training.model.parameters())) and all(map(torch.equal, moments, now)))
         return result
 
     monkeypatch.setattr(HeadLoss, "forward", staticmethod(poisoned))
     monkeypatch.setattr(train, "take_step", watched)
-    assert train.main([tiny, "--max_steps", "12"]) == 0
+    assert train.main([tiny, "--max_steps", "12", *more]) == 0
     assert [i for i, still in enumerate(seen, 1) if still] == [4, 5, 9]
     assert "3 of 12 steps had no finite loss" in capsys.readouterr().out
     assert [line["skipped"] for line in metrics()] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3]

@@ -29,10 +29,10 @@ def checkpoint(tmp_path, monkeypatch):
     return "out/run/best.pt"
 
 
-def loud(context=8, layers=2):
+def loud(context=8, layers=2, block="gpt2"):
     """A model with large weights, so that what it saw decides what it says."""
     torch.manual_seed(0)
-    model = LanguageModel(60, context, 8, 2, 16, layers).eval()
+    model = LanguageModel(60, context, 8, 2, 16, layers, block=block).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return model
@@ -47,8 +47,9 @@ def say(capsys, *words):
 
 
 @torch.no_grad()
-def test_cached_logits_are_the_uncached_ones_at_every_position():
-    model = loud()
+@pytest.mark.parametrize("block", ["gpt2", "modern"])
+def test_cached_logits_are_the_uncached_ones_at_every_position(block):
+    model = loud(block=block)
     tokens = torch.randint(60, (3, 8))
     lengths = [1, 3, 6]
     cache = Cache(model, 3)
@@ -65,10 +66,11 @@ def test_cached_logits_are_the_uncached_ones_at_every_position():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("block", ["gpt2", "modern"])
 @pytest.mark.parametrize("context", [1, 2, 7, 8])
-def test_text_past_the_context_is_that_of_the_slow_path(context):
+def test_text_past_the_context_is_that_of_the_slow_path(context, block):
     """The slow path does the same without a cache: a full context goes on from its last half."""
-    model = loud(context)
+    model = loud(context, block=block)
     prompts = [[5], [9, 8, 7], list(range(20))]
     drawn = list(zip(*[ids for ids, _ in generate(model, prompts, 25, 1.0, top_k=0, seed=3)], strict=True))
     for i, prompt in enumerate(prompts):

@@ -17,11 +17,12 @@ from config import Config, UserError
 from data import Batches
 from machine import Machine
 from model import LanguageModel
-from train import lr_at, parameter_groups
+from optimizer import Muon, lr_at, make_optimizers, orthogonalise
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d",
          "--rdzv-endpoint=localhost:0"]
+MODERN = ("--block", "modern", "--optimizer", "muon", "--lr_schedule", "trapezoid")  # experiment 6's
 
 
 def metrics(out="out/tiny", evaluations=False):
@@ -73,16 +74,55 @@ def test_learning_rate():
     assert rates[110] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     config.lr_schedule = "constant"
     assert lr_at(5, config, 110) == pytest.approx(0.6) and lr_at(109, config, 110) == 1
+    config.lr_schedule = "trapezoid"
+    assert lr_at(5, config, 110) == pytest.approx(0.6) and lr_at(66, config, 110) == lr_at(10, config, 110) == 1
+    assert lr_at(88, config, 110) == pytest.approx(0.55) and lr_at(110, config, 110) == pytest.approx(0.1)
 
 
-def test_weight_decay_acts_on_matrices_alone():
-    model = LanguageModel(50, 8, 8, 2, 16, 1)
-    decayed, rest = parameter_groups(model, 0.1)
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    torch.manual_seed(0)
+    x = torch.randn(3, 12, 30)
+    values = torch.linalg.svdvals(orthogonalise(x))
+    assert 0.6 < values.min() and values.max() < 1.3
+    torch.testing.assert_close(orthogonalise(x.mT), orthogonalise(x).mT, rtol=0, atol=1e-5)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)  # the same directions
+    assert (torch.einsum("bij,bij->b", orthogonalise(x), u @ v) / 12 > 0.8).all()
+
+
+def test_muon_takes_torch_s_steps():
+    """torch's own takes a matrix at a time and rounds to bfloat16."""
+    torch.manual_seed(0)
+    ours = [torch.randn(8, 24), torch.randn(24, 8), torch.randn(8, 24)]
+    theirs = [p.clone() for p in ours]
+    one = Muon([dict(params=ours)], lr=0.02, weight_decay=0.1)
+    two = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="original")
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        one.step(), two.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("block", ["gpt2", "modern"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_updated_once_and_weight_decay_acts_on_matrices_alone(block, optimizer):
+    model = LanguageModel(50, 8, 8, 2, 16, 1, block=block)
+    config = Config(weight_decay=0.1, optimizer=optimizer, learning_rate=1e-3, muon_learning_rate=2e-2)
     names = {id(p): name for name, p in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
-    assert len(decayed["params"]) + len(rest["params"]) == len(names)
-    assert all(names[id(p)].endswith(("bias", "norm.weight")) for p in rest["params"])
-    assert all(names[id(p)].endswith(".weight") for p in decayed["params"])
+    updated, muon = [], set()
+    for each in make_optimizers(config, model):
+        for group in each.param_groups:
+            mine = [names[id(p)] for p in group["params"]]
+            assert all((group["weight_decay"] == 0.1) == (model.get_parameter(name).dim() > 1) for name in mine)
+            if isinstance(each, Muon):
+                muon.update(mine)
+                assert group["scale"] == pytest.approx(20)
+            updated += mine
+    assert sorted(updated) == sorted(names.values())
+    matrices = {"qkv", "attention_out", "mlp_in", "mlp_out"} if optimizer == "muon" else set()
+    assert muon == {f"blocks.0.{name}.weight" for name in matrices}
 
 
 # --- whole runs
@@ -111,10 +151,10 @@ def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
     assert same(best["model"], weights("out/tiny/last.pt"))
 
 
-@pytest.mark.parametrize("interval", ["0", "7"])
-def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, monkeypatch, capsys, interval):
+@pytest.mark.parametrize("interval, more", [("0", ()), ("7", ()), ("7", MODERN)])
+def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, monkeypatch, capsys, interval, more):
     """Dropout on; stopped by signals at odd moments, amid an evaluation too: the same weights and metrics."""
-    options = [tiny, "--max_steps", "40", "--eval_interval", "10", "--save_interval", interval]
+    options = [tiny, "--max_steps", "40", "--eval_interval", "10", "--save_interval", interval, *more]
     assert train.main([*options, "--out_dir", "out/whole"]) == 0
     for stop_at in (1, 5, 12, 13, 29):  # calls after which the signal comes: steps or evaluation batches
         calls = 0
@@ -139,8 +179,9 @@ def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, monkeypatch
 def assert_the_same_run(one, two, curves=True):
     whole, cut = load_checkpoint(f"{one}/last.pt"), load_checkpoint(f"{two}/last.pt")
     assert same(whole["model"], cut["model"]) and same(weights(f"{one}/best.pt"), weights(f"{two}/best.pt"))
-    for state in whole["optimizer"]["state"]:
-        assert same(whole["optimizer"]["state"][state], cut["optimizer"]["state"][state])
+    for mine, theirs in zip(whole["optimizers"], cut["optimizers"], strict=True):
+        for state in mine["state"]:
+            assert same(mine["state"][state], theirs["state"][state])
     for evaluations in (False, True) if curves else ():
         a, b = metrics(one, evaluations), metrics(two, evaluations)
         for line in a + b:
@@ -239,11 +280,13 @@ def test_mistakes_are_one_line_before_the_first_step(tiny, script):
     assert not os.path.exists("out")
 
 
-def test_half_precision_trains_too(tiny):
+@pytest.mark.parametrize("more", [(), MODERN])
+def test_half_precision_trains_too(tiny, more):
     for dtype in ("bfloat16", "float16"):  # float16 with a scaler, whose state is part of the checkpoint
         out = f"out/{dtype}"
-        assert train.main([tiny, "--dtype", dtype, "--max_steps", "12", "--out_dir", out]) == 0
-        assert metrics(out)[-1]["train_loss"] < 10.7
+        assert train.main([tiny, "--dtype", dtype, "--max_steps", "12", "--out_dir", out, *more]) == 0
+        losses = [line["train_loss"] for line in metrics(out)]
+        assert losses[-1] < losses[0] - 0.05
         assert bool(load_checkpoint(f"{out}/last.pt")["scaler"]) == (dtype == "float16")
 
 
@@ -255,8 +298,9 @@ def test_compile_without_a_compiler_goes_on(tiny, script):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_compiled_blocks_give_the_same_curve(tiny):
-    options = [tiny, "--dropout", "0", "--max_steps", "6", "--num_layers", "1"]
+@pytest.mark.parametrize("more", [(), MODERN])
+def test_compiled_blocks_give_the_same_curve(tiny, more):
+    options = [tiny, "--dropout", "0", "--max_steps", "6", "--num_layers", "1", *more]
     assert train.main([*options, "--out_dir", "out/plain"]) == 0
     assert train.main([*options, "--out_dir", "out/compiled", "--compile"]) == 0
     plain, compiled = ([line["train_loss"] for line in metrics(out)] for out in ("out/plain", "out/compiled"))
@@ -284,9 +328,9 @@ def test_ctrl_c_in_a_terminal(tiny):
 # --- ranks
 
 
-@pytest.mark.parametrize("micro", ["0", "2"])
-def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro):
-    options = [tiny, "--dropout", "0", "--max_steps", "20", "--eval_interval", "10", "--batch_size", "7"]
+@pytest.mark.parametrize("micro, more", [("0", ()), ("2", ()), ("2", MODERN)])
+def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
+    options = [tiny, "--dropout", "0", "--max_steps", "20", "--eval_interval", "10", "--batch_size", "7", *more]
     assert train.main([*options, "--out_dir", "out/one"]) == 0
     script("train.py", *options, "--micro_batch_size", micro, "--out_dir", "out/two", launch=RANKS)
     keys = ((False, "train_loss"), (False, "grad_norm"), (True, "val_loss"), (True, "val_bits_per_byte"))

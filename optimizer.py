@@ -1,0 +1,79 @@
+"""What updates the weights: the learning rate of a step, the groups of parameters, AdamW and Muon."""
+
+import math
+
+import torch
+
+
+def lr_at(step, config, total_steps):
+    """The learning rate of a step, counted from 0: linear warm-up, then constant, or a cosine to min_learning_rate over
+    the whole run, or a trapezoid: constant, and a straight line there over the last 40 % of the steps."""
+    top, low = config.learning_rate, config.min_learning_rate
+    if step < config.warmup_steps:
+        return top * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return top
+    if config.lr_schedule == "trapezoid":
+        return low + (top - low) * min(1, (total_steps - step) / (0.4 * total_steps))
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return low + 0.5 * (1 + math.cos(math.pi * min(1, done))) * (top - low)
+
+
+def orthogonalise(x):
+    """About the nearest matrices with orthonormal rows or columns to x (..., m, n): five Newton-Schulz steps, whose
+    coefficients leave singular values between 0.7 and 1.2 (Jordan et al. 2024)."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024), for matrices: Nesterov's momentum of the gradient, made orthogonal.
+
+    All matrices of one shape at once, in float32, where torch.optim.Muon takes one at a time in bfloat16. Where
+    found_inf (set by whoever calls, 0-d float32 on the device, as for torch's fused optimizers) is not 0, nothing
+    changes.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.found_inf = None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for shape in {p.shape: None for p in group["params"]}:  # in order
+                params = [p for p in group["params"] if p.shape == shape]
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                grads, old = torch.stack([p.grad for p in params]), [self.state[p]["momentum"] for p in params]
+                new = torch.stack(old).lerp(grads, 1 - momentum)
+                update = orthogonalise(grads.lerp(new, momentum)) * max(1, shape[0] / shape[1]) ** 0.5
+                weights = torch.stack(params) * (1 - lr * group["weight_decay"]) - lr * update
+                for p, m, weight, value in zip(params, old, weights, new, strict=True):
+                    if self.found_inf is None:
+                        p.copy_(weight), m.copy_(value)
+                    else:
+                        p.copy_(torch.where(self.found_inf > 0, p, weight))
+                        m.copy_(torch.where(self.found_inf > 0, m, value))
+
+
+def make_optimizers(config, model):
+    """[AdamW], or [AdamW, Muon] where Muon takes the blocks' matrices. Biases and gains do not decay. A group's
+    learning rate is its `scale` times the step's."""
+    muon = {id(p) for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"}
+    rest = [p for p in model.parameters() if id(p) not in muon]
+    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=config.weight_decay, scale=1.0),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0, scale=1.0)]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    if not muon:
+        return [adamw]
+    matrices = dict(params=[p for p in model.parameters() if id(p) in muon],
+                    scale=config.muon_learning_rate / config.learning_rate)
+    return [adamw, Muon([matrices], lr=config.muon_learning_rate, weight_decay=config.weight_decay)]
