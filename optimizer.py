@@ -71,7 +71,8 @@ def make_optimizers(config, model):
     rest = [p for p in model.parameters() if id(p) not in muon]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=config.weight_decay, scale=1.0),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0, scale=1.0)]
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                              eps=config.adam_eps, fused=True)
     if not muon:
         return [adamw]
     matrices = dict(params=[p for p in model.parameters() if id(p) in muon],

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import train
 from checkpoint import load_checkpoint
-from config import Config, UserError
+from config import Config, UserError, load_config
 from data import Batches
 from machine import Machine
 from model import LanguageModel
@@ -123,6 +123,16 @@ def test_every_parameter_is_updated_once_and_weight_decay_acts_on_matrices_alone
     assert sorted(updated) == sorted(names.values())
     matrices = {"qkv", "attention_out", "mlp_in", "mlp_out"} if optimizer == "muon" else set()
     assert muon == {f"blocks.0.{name}.weight" for name in matrices}
+
+
+def test_a_head_bias_of_word_frequencies_is_the_unigram_model(tiny):
+    tokens, config = np.fromfile("data/tiny/train.bin", dtype="<u2"), load_config([tiny, "--unigram_bias"])
+    bias = train.new_model(config, 50257, tokens).head_bias
+    counts = np.bincount(tokens, minlength=50257)
+    np.testing.assert_allclose(bias.detach().exp().numpy(), (counts + 1) / (len(tokens) + 50257), rtol=1e-5)
+    assert train.main([tiny, "--unigram_bias", "--max_steps", "6"]) == 0
+    entropy = -(counts / len(tokens) * bias.detach().numpy()).sum()  # where such a model begins
+    assert metrics()[0]["train_loss"] == pytest.approx(entropy, abs=0.1) and entropy < 9.7
 
 
 # --- whole runs

@@ -1,0 +1,27 @@
+"""Experiment 6 at experiment 1's size: how far does the same budget go with what the field has learned since GPT-2?
+
+Question: at equal parameters and equal tokens, how much lower than experiment 1 does the loss come with rotary
+positions, RMSNorm, normalised queries and keys, a squared ReLU, Muon, and a head bias that begins at word frequencies?
+The positions' parameters are free now, and go into two more blocks: 865,185 parameters of experiment 1's 869,153.
+    D = 2,347,038 training tokens an epoch, D / N = 2.7; 8 x 512 = 4,096 tokens a step, 573 steps an epoch
+Expected: at least 0.20 nats a token below experiment 1. What each part is worth is in docs/ablations.md.
+"""
+
+dataset = "wikitext-2"
+max_seq_len = 512
+d_model = 16
+num_heads = 2
+d_ff = 80
+num_layers = 4
+dropout = 0.0
+block = "modern"
+unigram_bias = True
+
+batch_size = 8
+epochs = 300
+optimizer = "muon"
+learning_rate = 1e-2
+muon_learning_rate = 0.02
+warmup_steps = 50
+weight_decay = 0.1
+grad_clip = 1.0
