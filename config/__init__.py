@@ -83,7 +83,7 @@ class Config:
     weight_decay: float = setting(0.1, "AdamW's, on matrices and embeddings, not on biases and gains", low=0)
     beta1: float = setting(0.9, "AdamW's", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's; 0.95 as GPT-3's and nanoGPT's", low=0, below=1)
-    adam_eps: float = setting(1e-8, "AdamW's epsilon; 1e-5 leaves the rows of words that hardly occur where they are", low=0)
+    adam_eps: float = setting(1e-8, "AdamW's epsilon; 1e-5 leaves words that hardly occur where they are", low=0)
     grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
     # rhythm
     eval_interval: int = setting(0, "evaluate every so many steps as well as after each epoch (0: epochs only)", low=0)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import model as model_module
+import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import UserError, load_config
 from model import (
@@ -32,6 +33,14 @@ def shaken(model):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return model.eval()
+
+
+@pytest.mark.parametrize("name, budget", [("exp6_tiny", 869_153)])
+def test_experiment_6_keeps_to_the_budget(name, budget):
+    c = load_config([str(ROOT / f"config/{name}.py")])
+    with torch.device("meta"):
+        model = train.new_model(c, 50257)
+    assert 0.99 * budget < model.count()["total"] <= budget
 
 
 @pytest.mark.parametrize(
