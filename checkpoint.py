@@ -12,7 +12,7 @@ import torch
 
 from config import UserError
 from model import LanguageModel
-from notebook import read_metrics
+from report import read_metrics
 
 # Settings that may differ between a checkpoint and the run that goes on from it: they extend it or steer the machine,
 # and leave the experiment what it is. All others must be the same.

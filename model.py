@@ -89,7 +89,7 @@ def rotate(x, cos, sin):
 
 class ModernBlock(nn.Module):
     """Experiment 6's block, pre-norm as the other: RMSNorm without a gain, rotary positions, queries and keys
-    normalised, a squared ReLU, no biases. What feeds the residual stream begins at zero. Each part's worth is in
+    normalised, a squared ReLU, no biases. What feeds the residual stream begins at zero. What was measured is in
     docs/ablations.md.
 
     The stream takes the embeddings in again before each block (`mix`), and the values the first block's (`value_mix`;

@@ -14,7 +14,7 @@ import torch
 
 from checkpoint import save_checkpoint
 from data import load_tokenizer
-from notebook import read_json, read_metrics, write_entry
+from report import read_json, read_metrics, write_entry
 from sample import generate
 
 SAMPLE_TOKENS = 60  # of each prompt's continuation

@@ -122,7 +122,7 @@ def prepare_training(config, machine, model):
 def take_step(config, machine, training, batches, step, lr):
     """One optimizer step; (this rank's share of the batch's mean loss, the gradient's norm), on the device.
 
-    Where the norm is not finite, which it is not either where a loss is not, weights and optimizer stay as they were.
+    Where the norm is not finite, which it is not either where a loss is not, weights and optimizers stay as they were.
     """
     stepped, scaler = training.stepped, training.scaler
     seed = np.random.SeedSequence([config.seed, step, machine.rank]).generate_state(1, np.uint64)
@@ -143,11 +143,12 @@ def take_step(config, machine, training, batches, step, lr):
     for optimizer in training.optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(training.model.parameters(), config.grad_clip or math.inf)
+    # read on the device, so that nobody waits for it; scaler.step() would look at inf alone
+    found_inf = (~norm.isfinite()).float()
     for optimizer in training.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        # read on the device, so that nobody waits for it; scaler.step() would look at inf alone
-        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.found_inf = found_inf
         optimizer.step()
     scaler.update()
     training.model.zero_grad(set_to_none=True)

@@ -80,7 +80,7 @@ class Config:
     optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest",
                              choices=("adamw", "muon"))
     muon_learning_rate: float = setting(0.02, "Muon's after warm-up; follows the same schedule", low=0)
-    weight_decay: float = setting(0.1, "AdamW's, on matrices and embeddings, not on biases and gains", low=0)
+    weight_decay: float = setting(0.1, "on matrices and embeddings, not on biases and gains", low=0)
     beta1: float = setting(0.9, "AdamW's", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's; 0.95 as GPT-3's and nanoGPT's", low=0, below=1)
     adam_eps: float = setting(1e-8, "AdamW's epsilon; 1e-5 leaves words that hardly occur where they are", low=0)
@@ -165,6 +165,8 @@ def problems_of(values):
     for names, fine, phrase in (
         ("d_model num_heads", c.d_model % c.num_heads == 0,
          f"num_heads {c.num_heads} does not divide d_model {c.d_model}"),
+        ("d_model num_heads block", c.block != "modern" or c.d_model % (2 * c.num_heads) == 0,
+         f"block modern turns pairs, and num_heads {c.num_heads} leaves a head of d_model {c.d_model} an odd size"),
         ("batch_size micro_batch_size", c.micro_batch_size <= c.batch_size,
          f"micro_batch_size {c.micro_batch_size} is larger than batch_size {c.batch_size}"),
         ("learning_rate", c.learning_rate > 0, "learning_rate must be above 0"),

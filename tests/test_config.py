@@ -53,6 +53,7 @@ def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
         ("device = 'tpu'", "device is auto"),
         ("device = 'cuda:first'", "device is auto"),
         ("d_model = 0", "at least 1"),
+        ("block = 'modern'\nd_model = 24\nnum_heads = 8", "an odd size"),
         ("batch_size = 2\nmicro_batch_size = 3", "larger than batch_size"),
         ("learning_rate = 1e-4\nmin_learning_rate = 1e-3", "is above learning_rate"),
     ],

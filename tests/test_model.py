@@ -16,6 +16,9 @@ from model import (
     causal_attention,
     head_loss,
     head_rows,
+    rms_norm,
+    rotate,
+    rotations,
 )
 
 BLOCKS = pytest.mark.parametrize("block", ["gpt2", "modern"])
@@ -98,6 +101,26 @@ def test_logits_are_those_of_transformers_gpt2():
         logits, expected = model(tokens), peer(tokens).logits
     assert expected.std() > 0.2
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_rotary_positions_are_those_of_transformers_llama():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    torch.manual_seed(0)
+    q, k, positions = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8), torch.randint(500, (2, 7))
+    cos, sin = rotations(positions, 8)
+    whole = (torch.cat((t, t), -1).squeeze(1) for t in (cos, sin))
+    for mine, theirs in zip((rotate(q, cos, sin), rotate(k, cos, sin)),
+                            llama.apply_rotary_pos_emb(q, k, *whole), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    config = llama.LlamaConfig(hidden_size=24, num_attention_heads=3, rope_theta=10000.0)
+    for mine, theirs in zip((cos, sin), llama.LlamaRotaryEmbedding(config)(q, positions), strict=True):
+        torch.testing.assert_close(torch.cat((mine, mine), -1).squeeze(1), theirs)
+
+
+def test_a_modern_model_begins_as_its_embeddings():
+    model, tokens = small(block="modern"), torch.randint(97, (2, 12))
+    torch.testing.assert_close(model.hidden(tokens), rms_norm(rms_norm(model.token_embedding(tokens))))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @BLOCKS

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import RANKS, metrics, same, weights
+from test_train import MODERN, RANKS, metrics, same, weights
 
 import record
 import report
 import train
 from config import UserError
-from notebook import entry, read_metrics
-from report import fit, rows_of
+from report import entry, fit, read_metrics, rows_of
 
 PROMPTS = ["--sample_prompts", "'In mathematics,', 'The cat sat on the'"]
 PNG = b"\x89PNG\r\n"
@@ -47,6 +46,13 @@ def test_a_run_writes_its_own_entry(trained):
     assert re.search(r"\| val \| [\d.]+ \| [\d.]+ \|", text)  # the last figures
     assert Path("out/tiny/curve.png").read_bytes().startswith(PNG) and "torch" in text and "commit" in text
     assert not list(Path("out/tiny").glob(".*"))
+
+
+def test_the_entry_names_the_block_and_both_optimizers(tiny):
+    assert train.main([tiny, "--max_steps", "6", *MODERN]) == 0
+    text = Path("out/tiny/notebook.md").read_text()
+    assert "| block | modern |" in text and "Muon for the blocks' matrices, lr 0.02, and AdamW, lr 0.01" in text
+    assert "then trapezoid to 0" in text
 
 
 def best(lines):
