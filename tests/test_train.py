@@ -161,6 +161,21 @@ def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
     assert same(best["model"], weights("out/tiny/last.pt"))
 
 
+def test_both_optimizers_follow_the_schedule(tiny, monkeypatch):
+    seen, step = [], train.take_step
+
+    def watched(config, machine, training, *args):
+        result = step(config, machine, training, *args)
+        seen.append([group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups])
+        return result
+
+    monkeypatch.setattr(train, "take_step", watched)
+    assert train.main([tiny, "--max_steps", "12", *MODERN]) == 0
+    rates = [line["lr"] for line in metrics()]
+    np.testing.assert_allclose(seen, [[lr, lr, 2 * lr] for lr in rates])  # 0.02 where AdamW's is 0.01
+    assert rates[0] < rates[4] > rates[-1] > 0
+
+
 @pytest.mark.parametrize("interval, more", [("0", ()), ("7", ()), ("7", MODERN)])
 def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, monkeypatch, capsys, interval, more):
     """Dropout on; stopped by signals at odd moments, amid an evaluation too: the same weights and metrics."""
