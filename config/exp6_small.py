@@ -1,0 +1,28 @@
+"""Experiment 6 at experiment 3's size: does the recipe hold at width 128?
+
+Question: experiment 6's parts were chosen at experiment 1's size, where the embedding is 93 % of the parameters. Do
+they lower the loss of experiment 3's parameters and tokens too? 7,335,137 parameters of experiment 3's 7,342,033.
+    D = 115,716,078 training tokens an epoch, D / N = 15.8; 32 x 512 = 16,384 tokens a step, 7,063 steps an epoch
+Expected: at least 0.30 nats a token below experiment 3. What was measured is in docs/ablations.md.
+"""
+
+dataset = "wikitext-103"
+max_seq_len = 512
+d_model = 128
+num_heads = 8
+d_ff = 576
+num_layers = 4
+dropout = 0.0
+block = "modern"
+unigram_bias = True
+
+batch_size = 32
+epochs = 20
+optimizer = "muon"
+learning_rate = 8e-3
+muon_learning_rate = 0.02
+adam_eps = 1e-5
+warmup_steps = 20
+lr_schedule = "trapezoid"
+weight_decay = 0.1
+grad_clip = 1.0
