@@ -5,10 +5,13 @@ Shapes: B sequences, T tokens, D = d_model, H heads, V = vocab_size; N = B * T r
 
 import functools
 import math
+import zipfile
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from config import UserError
 
 
 def causal_attention(q, k, v):
@@ -357,3 +360,33 @@ class HeadLoss(torch.autograd.Function):
         # a loss that is not finite makes its gradients so, and by them every rank sees it
         scale = grad / len(gradients[0]) + (ctx.loss - ctx.loss)
         return *(g.mul_(scale) for g in gradients), None
+
+
+def load_checkpoint(path, needed=()):
+    """A checkpoint's dict, its tensors on the CPU. Executes nothing from the file. Raises UserError if it is not there
+    or not whole: torch checks no sums, so that the zip's own are checked before. needed: keys that it must have beside
+    those that sampling needs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            checkpoint = archive.testzip() is None and torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}; `python train.py config/demo.py` makes one") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    except Exception:
+        checkpoint = None  # torn, empty, or another program's: there are as many exceptions as ways to be so
+    if not isinstance(checkpoint, dict) or not {"model", "model_args", "step", *needed} <= checkpoint.keys():
+        raise UserError(f"{path} is not a whole checkpoint of this program; remove it, or name another")
+    return checkpoint
+
+
+def load_model(path):
+    """(LanguageModel in eval mode on the CPU, the checkpoint's dict without its weights). Raises UserError."""
+    checkpoint = load_checkpoint(path)
+    try:
+        with torch.device("meta"):  # nothing to initialise
+            model = LanguageModel(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint.pop("model"), assign=True)
+    except (TypeError, RuntimeError, AttributeError):
+        raise UserError(f"{path} holds another model than this program's; name another checkpoint") from None
+    return model.eval(), checkpoint

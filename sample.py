@@ -18,10 +18,9 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from checkpoint import load_model  # noqa: E402
 from config import UserError, run  # noqa: E402
 from data import load_tokenizer  # noqa: E402
-from model import Cache  # noqa: E402
+from model import Cache, load_model  # noqa: E402
 
 
 def find_checkpoint(out_dir=None):

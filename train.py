@@ -21,15 +21,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import State, differences, load_checkpoint, load_model, load_newest
 from config import UserError, load_config, run
 from data import Batches, load_meta, load_tokens, log_frequencies
 from evaluate import describe, evaluate
 from machine import compile_blocks, micro_batch_size, open_machine
-from model import LanguageModel
+from model import LanguageModel, load_checkpoint, load_model
 from optimizer import lr_at, make_optimizers
 from prepare import progress
-from record import Record, keep_metrics, mean
+from record import Record, State, differences, keep_metrics, load_newest, mean
 
 
 def plan(config, meta, batches, total_steps, model, micro, machine):

@@ -19,12 +19,11 @@ from bad_inputs import CASES, flipped
 from conftest import ROOT, make_dataset
 from test_train import MODERN, RANKS, assert_the_same_run, metrics, same, weights
 
-import checkpoint
 import record
 import train
-from checkpoint import load_checkpoint, load_newest
 from config import UserError, load_config
-from model import HeadLoss
+from model import HeadLoss, load_checkpoint
+from record import load_newest
 
 
 @pytest.fixture
@@ -93,8 +92,8 @@ def test_a_kill_between_a_save_s_two_renames_loses_nothing(done, monkeypatch):
 
     content = load_checkpoint("out/done/last.pt")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint.os, "replace", dying)
-        checkpoint.save_checkpoint(content | {"step": 99}, "out/done/last.pt", keep="out/done/prev.pt")
+        patch.setattr(record.os, "replace", dying)
+        record.save_checkpoint(content | {"step": 99}, "out/done/last.pt", keep="out/done/prev.pt")
     assert not os.path.exists("out/done/last.pt") and load_newest("out/done")[0]["step"] == 99
 
 
@@ -116,9 +115,9 @@ def test_a_full_disk_costs_what_cannot_be_written_and_not_the_run(done, monkeypa
 
     with monkeypatch.context() as patch:
         if fails == "fsync":
-            patch.setattr(checkpoint.os, "fsync", full)
+            patch.setattr(record.os, "fsync", full)
         else:
-            patch.setattr(checkpoint.torch, "save", write)
+            patch.setattr(record.torch, "save", write)
         assert train.main([*options, "--out_dir", "out/done"]) == 1
     shown = capsys.readouterr()
     assert "cannot write out/done/last.pt (No space left on device); the run goes on" in shown.err
@@ -245,7 +244,7 @@ def started(command, **kwargs):
 
 
 def step_of(out):
-    return checkpoint.last_step(f"{out}/metrics.jsonl")
+    return record.last_step(f"{out}/metrics.jsonl")
 
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="looks for processes in /proc")

@@ -7,7 +7,6 @@ from conftest import ROOT
 
 import model as model_module
 import train
-from checkpoint import load_checkpoint, load_model, save_checkpoint
 from config import UserError, load_config
 from model import (
     Dropout,
@@ -16,10 +15,13 @@ from model import (
     causal_attention,
     head_loss,
     head_rows,
+    load_checkpoint,
+    load_model,
     rms_norm,
     rotate,
     rotations,
 )
+from record import save_checkpoint
 
 BLOCKS = pytest.mark.parametrize("block", ["gpt2", "modern"])
 

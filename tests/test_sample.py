@@ -9,10 +9,10 @@ import torch
 from conftest import ROOT
 
 import sample
-from checkpoint import save_checkpoint
 from config import UserError
 from data import load_tokenizer
 from model import Cache, LanguageModel
+from record import save_checkpoint
 from sample import choose, find_checkpoint, generate
 
 

@@ -12,11 +12,10 @@ import torch
 from conftest import ROOT
 
 import train
-from checkpoint import load_checkpoint
 from config import Config, UserError, load_config
 from data import Batches
 from machine import Machine
-from model import LanguageModel
+from model import LanguageModel, load_checkpoint
 from optimizer import Muon, lr_at, make_optimizers, orthogonalise
 
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -323,8 +322,9 @@ def test_compile_without_a_compiler_goes_on(tiny, script):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_compiled_blocks_give_the_same_curve(tiny):
-    options = [tiny, "--dropout", "0", "--max_steps", "6", "--num_layers", "1"]
+@pytest.mark.parametrize("more", [(), MODERN])
+def test_compiled_blocks_give_the_same_curve(tiny, more):
+    options = [tiny, "--dropout", "0", "--max_steps", "6", "--num_layers", "1", *more]
     assert train.main([*options, "--out_dir", "out/plain"]) == 0
     assert train.main([*options, "--out_dir", "out/compiled", "--compile"]) == 0
     plain, compiled = ([line["train_loss"] for line in metrics(out)] for out in ("out/plain", "out/compiled"))

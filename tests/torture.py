@@ -22,7 +22,8 @@ from conftest import ROOT, TINY, make_dataset
 from test_failures import children, kill_at_random, until
 from test_train import RANKS, assert_the_same_run
 
-from checkpoint import last_step, load_checkpoint
+from model import load_checkpoint
+from record import last_step
 
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 LIMIT = 14 * 60  # seconds, then what is left is not tried
