@@ -88,7 +88,7 @@ def bench(config, machine, steps, profile, began):
     peak, median, flops = statistics.mean(peaks), statistics.median(speeds), model.flops_per_token()
     memory = ", ".join(f"{value / 1e9:.2f}" for value in machine.gather(peak_bytes(machine.device)))
     machine.say(
-        f"config       {config.out_dir[4:]} on {machine}, {'compiled' if training.compiled else 'not compiled'}, "
+        f"config       {config.name} on {machine}, {'compiled' if training.compiled else 'not compiled'}, "
         f"{model.count()['total']:,} parameters\n"
         f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum {max(speeds):,.0f} over {steps} steps "
         f"of {config.batch_size} x {config.max_seq_len}, in forward passes of {training.micro}\n"

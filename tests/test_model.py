@@ -40,7 +40,7 @@ def shaken(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("name, budget", [("exp6_tiny", 869_153), ("exp6_small", 7_342_033)])
+@pytest.mark.parametrize("name, budget", [("exp6_tiny", 869_153), ("exp6_small", 7_342_033), ("exp6", 19_365_713)])
 def test_experiment_6_keeps_to_the_budget(name, budget):
     c = load_config([str(ROOT / f"config/{name}.py")])
     with torch.device("meta"):

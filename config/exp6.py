@@ -1,0 +1,31 @@
+"""Experiment 6: what next, after depth?
+
+Question: experiment 5's parameters, data, batch and epochs. How far does the block of the years since GPT-2, with Muon,
+lower the perplexity? 19,338,609 parameters of experiment 5's 19,365,713.
+    D = 115,716,078 training tokens an epoch, D / N = 6.0; 32 x 512 = 16,384 tokens a step, 7,063 steps an epoch
+Expected: below experiment 5. What was measured at two smaller sizes is in docs/ablations.md; nothing was at this one,
+so its learning rate is a step along the line from exp6_tiny's to exp6_small's, and its dropout experiment 5's.
+Experiment 5's patience is left out: the trapezoid's gain comes in the last 40 % of the steps, after the plateau.
+"""
+
+dataset = "wikitext-103"
+max_seq_len = 512
+d_model = 256
+num_heads = 8
+d_ff = 1056
+num_layers = 8
+dropout = 0.1
+block = "modern"
+unigram_bias = True
+
+batch_size = 32
+epochs = 15
+max_hours = 12.0
+optimizer = "muon"
+learning_rate = 6e-3
+muon_learning_rate = 0.02
+adam_eps = 1e-5
+warmup_steps = 200
+lr_schedule = "trapezoid"
+weight_decay = 0.1
+grad_clip = 1.0
