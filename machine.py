@@ -193,7 +193,7 @@ def open_machine(config):
 
 def micro_batch_size(config, model, machine):
     """Sequences a forward pass: as configured, else as many of this rank's rows as fit into the device's memory (on a
-    CPU 2,048 tokens of them), in equal parts. Depends on the device's size, not on what is free just now, so that a
+    CPU 1,024 tokens of them), in equal parts. Depends on the device's size, not on what is free just now, so that a
     resumed run cuts alike."""
     all_rows = rows = math.ceil(config.batch_size / machine.world)
     if config.micro_batch_size:
@@ -201,7 +201,7 @@ def micro_batch_size(config, model, machine):
     if machine.device.type == "cuda":
         budget = 0.8 * torch.cuda.get_device_properties(machine.device).total_memory
     else:
-        rows = min(rows, max(1, 2048 // config.max_seq_len))  # more would be no faster, and take more memory
+        rows = min(rows, max(1, 1024 // config.max_seq_len))  # more would be no faster, and take more memory
         budget = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.local_world
     fits = next((n for n in range(rows, 1, -1) if model.memory_bytes(n, machine.dtype) <= budget), 1)
     return math.ceil(all_rows / math.ceil(all_rows / fits))

@@ -66,7 +66,7 @@ class Config:
     # training
     batch_size: int = setting(32, "sequences an optimizer step, over all ranks and micro-batches", low=1)
     micro_batch_size: int = setting(
-        0, "sequences a forward pass and rank (0: what memory allows, on a CPU 2,048 tokens)", low=0
+        0, "sequences a forward pass and rank (0: what memory allows, on a CPU 1,024 tokens)", low=0
     )
     epochs: int = setting(1, "passes over the training tokens", low=1)
     max_steps: int = setting(0, "end after so many optimizer steps (0: no limit but the epochs)", low=0)
