@@ -135,6 +135,35 @@ def keep_metrics(path, state):
         os.replace(path + ".part", path)
 
 
+def find_run(config, data, machine, again):
+    """(checkpoint, whether its last figures are written): what this run goes on from, (None, False) for a new run.
+
+    data: {split: SHA-256}. Raises UserError.
+    """
+    out, restarted = config.out_dir, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    names = ("last.pt", "prev.pt", "best.pt", "metrics.jsonl")
+    if not (config.resume or restarted) and any(os.path.exists(f"{out}/{name}") for name in names):
+        raise UserError(f"{out} holds a run already; `{again}` continues it, --out_dir DIR makes another")
+    checkpoint, path, warning = load_newest(out)
+    if warning:
+        machine.say(f"warning: {warning}", file=sys.stderr)
+    if checkpoint:
+        if changed := differences(checkpoint["config"], dataclasses.asdict(config)):
+            raise UserError(f"{path} is of another experiment: {'; '.join(changed)}; undo it or change --out_dir")
+        if changed := [split for split in data if data[split] != checkpoint["data"][split]]:
+            raise UserError(f"{path} was trained on other data than {config.data_dir}/{config.dataset}: another "
+                            f"SHA-256 of {' and '.join(changed)}; bring the old files back or change --out_dir")
+        machine.say(f"going on from {path}, step {checkpoint['step']:,}")
+    elif config.resume or restarted:
+        machine.say(f"no checkpoint in {out} yet; beginning at step 0")
+    try:
+        os.makedirs(out, exist_ok=True)
+        keep_metrics(f"{out}/metrics.jsonl", State(**checkpoint["state"]) if checkpoint else State())
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {error.strerror}; mend that, or use another --out_dir") from None
+    return checkpoint, os.path.exists(f"{out}/final.json")
+
+
 def commit():
     """The commit of this program, with a + where files differ from it; "unknown" outside a clone."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty=+", "--exclude=*"]

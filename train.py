@@ -11,7 +11,6 @@ else, and a resumed run is the same run.
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import sys
 import time
@@ -23,12 +22,11 @@ import torch.distributed as dist
 
 from config import UserError, load_config, run
 from data import Batches, load_meta, load_tokens, log_frequencies
-from evaluate import describe, evaluate
 from machine import compile_blocks, micro_batch_size, open_machine
 from model import LanguageModel, load_checkpoint, load_model
 from optimizer import lr_at, make_optimizers
 from prepare import progress
-from record import Record, State, differences, keep_metrics, load_newest, mean
+from record import Record, State, find_run, mean
 
 
 def plan(config, meta, batches, total_steps, model, micro, machine):
@@ -154,33 +152,70 @@ def take_step(config, machine, training, batches, step, lr):
     return total, norm
 
 
-def find_run(config, data, machine, again):
-    """(checkpoint, whether its last figures are written): what this run goes on from, (None, False) for a new run.
+def spans(predicted, context, stride):
+    """Windows (start, end, first): inputs start to end, of which those from first on count. Every one of the first
+    `predicted` positions counts once, with at least context - stride before it where there are so many."""
+    found, start, first = [], 0, 0
+    while first < predicted:
+        end = min(start + context, predicted)
+        found.append((start, end, first))
+        start, first = start + stride, end
+    return found
 
-    data: {split: SHA-256}. Raises UserError.
+
+def evaluate(model, tokens, counts, context, machine, rows, stride=0, stopped=lambda: False):
+    """The loss over a whole split, in order, every token but the first predicted once.
+
+    tokens (n,) uint16; counts: the split's entry of meta.json; rows: windows a forward pass; stride: how far windows of
+    `context` move (0: by their length, without overlap). Returns a dict, None if stopped() on any rank: loss (nats a
+    token), its standard error `stderr` (over windows, since a window's tokens are not independent), ppl, ppl_word,
+    bits_per_byte, and tokens, words, bytes, context and stride that they are over.
     """
-    out, restarted = config.out_dir, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    names = ("last.pt", "prev.pt", "best.pt", "metrics.jsonl")
-    if not (config.resume or restarted) and any(os.path.exists(f"{out}/{name}") for name in names):
-        raise UserError(f"{out} holds a run already; `{again}` continues it, --out_dir DIR makes another")
-    checkpoint, path, warning = load_newest(out)
-    if warning:
-        machine.say(f"warning: {warning}", file=sys.stderr)
-    if checkpoint:
-        if changed := differences(checkpoint["config"], dataclasses.asdict(config)):
-            raise UserError(f"{path} is of another experiment: {'; '.join(changed)}; undo it or change --out_dir")
-        if changed := [split for split in data if data[split] != checkpoint["data"][split]]:
-            raise UserError(f"{path} was trained on other data than {config.data_dir}/{config.dataset}: another "
-                            f"SHA-256 of {' and '.join(changed)}; bring the old files back or change --out_dir")
-        machine.say(f"going on from {path}, step {checkpoint['step']:,}")
-    elif config.resume or restarted:
-        machine.say(f"no checkpoint in {out} yet; beginning at step 0")
-    try:
-        os.makedirs(out, exist_ok=True)
-        keep_metrics(f"{out}/metrics.jsonl", State(**checkpoint["state"]) if checkpoint else State())
-    except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}; mend that, or use another --out_dir") from None
-    return checkpoint, os.path.exists(f"{out}/final.json")
+    was_training = model.training
+    model.eval()
+    stride = stride or context
+    windows = spans(len(tokens) - 1, context, stride)
+    batches = [windows[i : i + rows] for i in range(0, len(windows), rows)]
+    sums, ended = torch.zeros(5, dtype=torch.float64), 0  # over windows: nats, tokens, and their products
+    with progress(len(batches), "evaluating", leave=False, disable=machine.rank > 0) as bar, machine.autocast():
+        for batch in batches[machine.rank :: machine.world]:
+            if stopped():
+                ended = 1
+                break
+            chunk = np.zeros((len(batch), context + 1), dtype=np.int64)  # short windows are filled up, then cut again
+            for row, (start, end, _) in zip(chunk, batch, strict=True):
+                row[: end - start + 1] = tokens[start : end + 1]
+            chunk = torch.from_numpy(chunk).to(machine.device)
+            losses = model.token_losses(chunk[:, :-1], chunk[:, 1:]).cpu().double()
+            for row, (start, end, first) in zip(losses, batch, strict=True):
+                nats, n = row[first - start : end - start].sum().item(), end - first
+                sums += torch.tensor([nats, n, nats * nats, nats * n, n * n], dtype=torch.float64)
+            bar.update(machine.world)
+    model.train(was_training)
+    nats, n, squares, products, lengths, ended = machine.total(*sums.tolist(), ended)
+    if ended:
+        return None
+    loss, k = nats / n, len(windows)
+    spread = max(0.0, squares - 2 * loss * products + loss * loss * lengths)  # of windows around loss * their length
+    return {
+        "loss": loss,
+        "stderr": math.sqrt(spread * k / (k - 1)) / n if k > 1 else None,
+        "ppl": math.exp(min(loss, 700)),
+        "ppl_word": math.exp(min(nats / counts["words"], 700)),
+        "bits_per_byte": nats / counts["bytes"] / math.log(2),
+        "tokens": int(n), "words": counts["words"], "bytes": counts["bytes"], "context": context, "stride": stride,
+    }
+
+
+def describe(split, figures, separator):
+    """Figures as the two lines that a user reads, with what they are counted over."""
+    error = f" ± {figures['stderr']:.4f}" if figures["stderr"] is not None else ""
+    return (
+        f"{split:11} loss {figures['loss']:.4f}{error} a token, perplexity {figures['ppl']:,.2f} a token, "
+        f"{figures['ppl_word']:,.2f} a word, {figures['bits_per_byte']:.4f} bits a byte\n{'':11} over "
+        f"{figures['tokens']:,} tokens, {figures['words']:,} words, {figures['bytes']:,} bytes; context "
+        f"{figures['context']}, stride {figures['stride']}, separator {separator}"
+    )
 
 
 def main(argv=None):

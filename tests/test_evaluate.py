@@ -9,8 +9,8 @@ from test_train import CPU, RANKS
 import train
 from config import load_config
 from data import load_meta, load_tokens
-from evaluate import evaluate, spans
 from model import LanguageModel
+from train import evaluate, spans
 
 
 def loud(dropout=0.5):

@@ -352,6 +352,13 @@ def test_ctrl_c_in_a_terminal(tiny):
 # --- ranks
 
 
+@pytest.mark.parametrize("batch_size, context, rows", [(8, 512, 2), (3, 512, 2), (5, 256, 3), (8, 2048, 1)])
+def test_a_forward_pass_on_a_cpu_takes_1024_tokens_at_most_in_equal_parts(batch_size, context, rows):
+    config = Config(batch_size=batch_size, max_seq_len=context)
+    model = LanguageModel(100, context, 16, 2, 64, 2)
+    assert train.micro_batch_size(config, model, CPU) == rows
+
+
 @pytest.mark.parametrize("micro, more", [("0", MODERN), ("2", ())])
 def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
     options = [tiny, "--dropout", "0", "--max_steps", "20", "--eval_interval", "10", "--batch_size", "7", *more]
