@@ -44,7 +44,8 @@ def plan(config, meta, batches, total_steps, model, micro, machine):
         "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = {step_tokens:,} tokens, "
         f"{batches.windows / config.batch_size:,.1f} an epoch, in forward passes of {micro} sequences a rank",
         "compute": f"{flops:,} FLOPs a token, {flops * step_tokens:.3g} a step, {flops * run_tokens:.3g} in the run",
-        "memory": f"about {model.memory_bytes(micro, machine.dtype) / 1e9:.1f} GB a rank",
+        "memory": f"about {model.memory_bytes(micro, machine.dtype) / 1e9:.1f} GB a rank, beside Python and torch "
+        "themselves",
     }
     return "\n".join(f"{name:10}  {line}" for name, line in lines.items())
 
