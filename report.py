@@ -277,7 +277,7 @@ def show(value):
         return "-"
     if isinstance(value, str):
         return value
-    if value >= 1e12:
+    if value >= 1e10:  # FLOPs; no count of tokens or parameters is that large
         return f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if value < 20 else f"{value:,.2f}"
 

@@ -158,6 +158,7 @@ def test_the_table_sorts_runs_with_the_recorded_ones_among_them(tmp_path, monkey
     names = re.findall(r"^\| (\w[\w ]*?) \|", shown, re.MULTILINE)
     assert " ".join(names) == "run experiment 4 experiment 3 big experiment 2 small experiment 1 experiment 5"
     assert "| big | not finished | 7,000,000 | 1,000,000,000 |" in shown and "No fit: 2 runs" in shown
+    assert report.show(999_599_112_192) == "1e+12" and report.show(20_333_760) == "20,333,760"
     assert Path("out/report.png").read_bytes().startswith(PNG)
     report.main(["out/big", "--format", "csv", "--picture", "p.png"])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))

@@ -288,6 +288,9 @@ def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
     for phrase in (f"{count:,}", "3,000 training tokens", f"{3000 / count:.2f} tokens a parameter",
                    "20: 150 parameters", "63 of 6 x 16 = 96 tokens", "FLOPs", "GB"):
         assert phrase in plan
+    # some 60 million parameters at 20 bytes each: weights, gradients, AdamW's two averages, and what a step needs
+    assert train.main([tiny, "--d_model", "1024", "--dry_run"]) == 0
+    assert "about 1.2 GB a rank" in capsys.readouterr().out
     assert not os.path.exists("out")
 
 
