@@ -163,6 +163,8 @@ def test_the_table_sorts_runs_with_the_recorded_ones_among_them(tmp_path, monkey
     report.main(["out/big", "--format", "csv", "--picture", "p.png"])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert rows[2]["run"] == "big" and float(rows[2]["flops"]) == 42e15 and len(rows) == 6 and Path("p.png").exists()
+    report.main(["out/big"])
+    assert "No fit: 1 run on" in capsys.readouterr().out
     report.main(["--format", "json"])
     assert {run["run"] for run in json.loads(capsys.readouterr().out)["runs"]} >= {"big", "small", "experiment 1"}
     with pytest.raises(UserError, match="there is no folder out/none"):
