@@ -224,8 +224,8 @@ def fit(rows):
     N, D, L = (np.array([row[key] for row in runs], float) for key in ("parameters", "tokens", "val_loss"))
     terms = [name for name, values in (("N", N), ("D", D)) if len({float(f"{v:.2g}") for v in values}) >= 3]
     if len(runs) < 3 or not terms:
-        return (f"No fit: {len(runs)} run{'s' * (len(runs) != 1)} on one validation text, and a fit takes three or more "
-                "that differ in size or in tokens.")
+        return (f"No fit: {len(runs)} run{'s' * (len(runs) != 1)} on one validation text, and a fit takes three or "
+                "more that differ in size or in tokens.")
     terms = terms if len(runs) > 5 else terms[:1]
     exponents, best = np.arange(0.05, 1.51, 0.01 if len(terms) == 1 else 0.03), None
     for powers in itertools.product(exponents, repeat=len(terms)):
