@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from config import UserError, first_line
 
 VOCAB_SIZE = 50257
 HUB_CONFIGS = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
@@ -66,11 +66,6 @@ def prepare_command(dataset, data_dir):
         f"python prepare.py {dataset}{'' if known else ' --source PATH'}"
         f"{'' if data_dir == 'data' else f' --data_dir {data_dir}'}"
     )
-
-
-def first_line(error):
-    """An exception's type and first line, for a message of one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def load_tokenizer():

@@ -15,8 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from config import UserError
-from data import first_line
+from config import UserError, first_line
 from prepare import cpu_cores
 
 
@@ -201,7 +200,8 @@ def micro_batch_size(config, model, machine):
     if machine.device.type == "cuda":
         budget = 0.8 * torch.cuda.get_device_properties(machine.device).total_memory
     else:
-        rows = min(rows, max(1, 1024 // config.max_seq_len))  # more would be no faster, and take more memory
+        if machine.device.type == "cpu":
+            rows = min(rows, max(1, 1024 // config.max_seq_len))  # more would be no faster, and take more memory
         budget = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.local_world
     fits = next((n for n in range(rows, 1, -1) if model.memory_bytes(n, machine.dtype) <= budget), 1)
     return math.ceil(all_rows / math.ceil(all_rows / fits))
@@ -213,8 +213,7 @@ def compile_blocks(model, machine):
     try:
         torch.compile(lambda x: x.cos() + 1)(torch.zeros(8, device=machine.device))
     except Exception as error:  # the compiler's back ends fail in their own ways
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        machine.say(f"torch.compile does not work here ({why[:150]}); going on without it")
+        machine.say(f"torch.compile does not work here ({first_line(error)[:150]}); going on without it")
         return False
     model.hidden = torch.compile(model.hidden)
     return True

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, run
-from data import HUB_CONFIGS, VOCAB_SIZE, first_line, load_meta, load_tokenizer, load_tokens
+from config import UserError, first_line, run
+from data import HUB_CONFIGS, VOCAB_SIZE, load_meta, load_tokenizer, load_tokens
 
 SPLITS = ("train", "val", "test")
 HUB = "Salesforce/wikitext"
@@ -80,7 +80,7 @@ def read_text(name, open_file, start=0, end=None):
             position += len(file.readline()) - 1
         while end is None or position < end:
             raw = file.read(BLOCK if end is None else min(BLOCK, end - position))
-            raw += file.readline()
+            raw += b"" if raw.endswith(b"\n") else file.readline()
             if not raw:
                 return
             try:
@@ -364,7 +364,7 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
                 os.replace(part / name, folder / name)
         else:
             os.rename(part, folder)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: encrypted
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         mend = "free some space and run it again" if full else "mend that and run it again"
         raise UserError(f"cannot prepare {dataset}: {first_line(error)}; nothing was kept; {mend}") from None
@@ -388,11 +388,7 @@ def main(argv=None):
     parser.add_argument("--val_fraction", type=float, default=0.05, help="of one text file, its end (default 0.05)")
     parser.add_argument("--force", action="store_true", help="replace what is prepared")
     args = parser.parse_args(argv)
-
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     prepare(**vars(args))
 
 

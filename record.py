@@ -21,7 +21,7 @@ import torch
 from config import UserError
 from data import load_tokenizer
 from model import load_checkpoint
-from report import read_json, read_metrics, write_entry
+from report import read_json, read_metrics, write_entry, write_text
 from sample import generate
 
 SAMPLE_TOKENS = 60  # of each prompt's continuation
@@ -51,12 +51,6 @@ class State:
     evaluated_step: int = 0  # the last evaluation's
     best: dict = field(default_factory=dict)  # the best evaluation's figures, and its step
     evaluations_since_best: int = 0
-
-
-def differences(old, new):
-    """The settings in which a checkpoint's config (a dict) differs from this run's and must not, as phrases."""
-    changed = [k for k in sorted(old) if k not in FREE and k in new and old[k] != new[k]]
-    return [f"{k} was {old[k]!r}, now {new[k]!r}" for k in changed]
 
 
 def save_checkpoint(checkpoint, path, keep=None):
@@ -92,9 +86,9 @@ def load_newest(out_dir):
     All None where there is none. A damaged last.pt is put aside and the one before it taken, and the warning says
     what that costs. Raises UserError if there are checkpoints and none is whole.
     """
-    last, damaged = f"{out_dir}/last.pt", []
-    # killed between two renames, a save leaves last.pt's successor whole under its temporary name
-    for path in (last, f"{last}.part", f"{out_dir}/prev.pt"):
+    last, damaged, warning = f"{out_dir}/last.pt", [], None
+    part = f"{last}.part"  # killed between two renames, a save leaves last.pt's successor whole under this name
+    for path in (last, part, f"{out_dir}/prev.pt"):
         if not os.path.lexists(path):
             continue
         try:
@@ -102,12 +96,15 @@ def load_newest(out_dir):
         except UserError:
             damaged.append(path)
             continue
-        if last not in damaged:
-            return checkpoint, path, None
-        os.replace(last, f"{last}.damaged")  # or the next save would make it prev.pt
-        lost = max(0, last_step(f"{out_dir}/metrics.jsonl") - checkpoint["step"])
-        return checkpoint, path, (f"{last} is damaged and now {last}.damaged; going back to {path}, which costs "
-                                  f"{lost:,} of the steps in metrics.jsonl")
+        if last in damaged:
+            os.replace(last, f"{last}.damaged")  # or the next save would make it prev.pt
+            lost = max(0, last_step(f"{out_dir}/metrics.jsonl") - checkpoint["step"])
+            warning = (f"{last} is damaged and now {last}.damaged; going back to {path}, which costs {lost:,} of the "
+                       "steps in metrics.jsonl")
+        if path == part:  # or the next save would begin by emptying it
+            os.replace(part, last)
+            path = last
+        return checkpoint, path, warning
     if last in damaged or f"{out_dir}/prev.pt" in damaged:
         raise UserError(f"{' and '.join(damaged)} are no whole checkpoints of this program; bring one back from a "
                         "copy, or begin anew with another --out_dir")
@@ -127,12 +124,9 @@ def mean(total, count):
 def keep_metrics(path, state):
     """Drop the lines of metrics.jsonl that a resumed run will write again: those past its checkpoint."""
     if os.path.exists(path):
-        lines = read_metrics(path)
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            for values in lines:
-                if values["step"] <= (state.evaluated_step if "val_loss" in values else state.step):
-                    file.write(json.dumps(values) + "\n")
-        os.replace(path + ".part", path)
+        kept = [values for values in read_metrics(path)
+                if values["step"] <= (state.evaluated_step if "val_loss" in values else state.step)]
+        write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
 
 
 def find_run(config, data, machine, again):
@@ -148,7 +142,9 @@ def find_run(config, data, machine, again):
     if warning:
         machine.say(f"warning: {warning}", file=sys.stderr)
     if checkpoint:
-        if changed := differences(checkpoint["config"], dataclasses.asdict(config)):
+        old, new = checkpoint["config"], dataclasses.asdict(config)
+        changed = [k for k in sorted(old) if k not in FREE and k in new and old[k] != new[k]]
+        if changed := [f"{k} was {old[k]!r}, now {new[k]!r}" for k in changed]:
             raise UserError(f"{path} is of another experiment: {'; '.join(changed)}; undo it or change --out_dir")
         if changed := [split for split in data if data[split] != checkpoint["data"][split]]:
             raise UserError(f"{path} was trained on other data than {config.data_dir}/{config.dataset}: another "
@@ -305,8 +301,7 @@ class Record:
         self.machine.say(f"epoch {self.epoch_at(state.step):.4g} | step {state.step:,} | train loss {train_loss:.4f} | "
                          f"val loss {figures['val_loss']:.4f} | val perplexity {figures['val_ppl']:.2f}"
                          + (f" | best so far, saved to {self.best}" if written else ""))
-        if os.path.exists(f"{self.config.out_dir}/run.json"):
-            self.write("notebook.md", lambda: write_entry(self.config.out_dir))
+        self.write("notebook.md", lambda: write_entry(self.config.out_dir))
 
     def samples(self):
         """{"samples": [(prompt, continuation), ...]} of sample_prompts, on rank 0; from generators of its own, so that
@@ -332,10 +327,3 @@ def board(config):
         print("warning: there is no tensorboard here (`pip install tensorboard`); going on without", file=sys.stderr)
         return None
     return SummaryWriter(config.out_dir)
-
-
-def write_text(path, text):
-    """Write a small file whole or not at all."""
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.part", path)

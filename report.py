@@ -45,6 +45,13 @@ def read_metrics(path):
     return lines
 
 
+def write_text(path, text):
+    """Write a small file whole or not at all."""
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(f"{path}.part", path)
+
+
 def read_run(folder):
     """(run.json, training lines, evaluation lines, final.json) of a run's folder; None if it is no run of ours."""
     about, lines = read_json(f"{folder}/run.json"), read_metrics(f"{folder}/metrics.jsonl")
@@ -56,12 +63,14 @@ def read_run(folder):
 
 def table(head, rows):
     """A Markdown table, numbers to the right."""
-    lines = [head, ["---:" if rows and row_is_number(rows, i) else "---" for i in range(len(head))], *rows]
+    numbers = [all(not str(row[i]).strip("-+,.0123456789e%:") for row in rows) for i in range(len(head))]
+    lines = [head, ["---:" if number else "---" for number in numbers], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def row_is_number(rows, column):
-    return all(not str(row[column]).strip("-+,.0123456789e%:") for row in rows)
+def verdict(expected, ppl):
+    """What a perplexity is to the (low, high) that was expected."""
+    return "not met" if ppl > expected[1] else "exceeded" if ppl < expected[0] else "met"
 
 
 def entry(folder):
@@ -126,14 +135,13 @@ def results(about, lines, evaluations, final):
         f"token, {best['val_ppl_word']:,.2f} a word, {best['val_bits_per_byte']:.4f} bits a byte.**",
     ]
     if final:
-        names = ("loss", "stderr", "ppl", "ppl_word", "bits_per_byte", "tokens", "words", "bytes", "context", "stride")
-        figures = [[split, *(f"{v[k]:,.4f}" if isinstance(v[k], float) else v[k] for k in names)]
-                   for split, v in final.items()]
-        paragraphs.append(table(["at the best", *names], figures))
+        figures = [[split, *(f"{v:,.4f}" if isinstance(v, float) else v for v in values.values())]
+                   for split, values in final.items()]
+        paragraphs.append(table(["at the best", *final["val"]], figures))
     if c["expected_ppl"]:
         low, high = c["expected_ppl"]
-        verdict = "met" if low <= best["val_ppl"] <= high else "exceeded" if best["val_ppl"] < low else "not met"
-        paragraphs.append(f"Expected {low:g} to {high:g}: {verdict}{'' if final else ' so far'}.")
+        said = verdict(c["expected_ppl"], best["val_ppl"])
+        paragraphs.append(f"Expected {low:g} to {high:g}: {said}{'' if final else ' so far'}.")
     if c["recorded_ppl"]:
         paragraphs.append(f"The notebook's earlier result was {c['recorded_ppl']:g}.")
     speed = f", {speeds[len(speeds) // 2]:,.0f} tokens/s in the median" if speeds else ""
@@ -148,17 +156,17 @@ def results(about, lines, evaluations, final):
 
 def figure(columns):
     """(a matplotlib figure for files, its axes in a row)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(6 * columns if columns == 1 else 4.4 * columns, 3.8), layout="constrained")
-    FigureCanvasAgg(picture)
-    return picture, [picture.add_subplot(1, columns, i + 1) for i in range(columns)]
+    picture = Figure(figsize=(6 if columns == 1 else 4.4 * columns, 3.8), layout="constrained")
+    return picture, picture.subplots(1, columns, squeeze=False)[0]
 
 
 def write_entry(folder):
-    """Write a run's notebook.md and curve.png anew, each whole or not at all."""
-    about, lines, evaluations, _ = read_run(folder)
+    """Write a run's notebook.md and curve.png anew, each whole or not at all; nothing without a run.json."""
+    if not (found := read_run(folder)):
+        return
+    about, lines, evaluations, _ = found
     picture, (axes,) = figure(1)
     for label, found, key, style in ("train", lines, "train_loss", "-"), ("validation", evaluations, "val_loss", "o-"):
         points = [(line["tokens"], line[key]) for line in found if line[key] is not None]
@@ -172,8 +180,7 @@ def write_entry(folder):
     axes.legend()
     picture.savefig(f"{folder}/.curve.png")
     os.replace(f"{folder}/.curve.png", f"{folder}/curve.png")
-    Path(folder, ".notebook.md").write_text(entry(folder), encoding="utf-8")
-    os.replace(f"{folder}/.notebook.md", f"{folder}/notebook.md")
+    write_text(f"{folder}/notebook.md", entry(folder))
 
 
 # --- all runs -------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from model import LanguageModel, load_checkpoint, load_model
 from optimizer import lr_at, make_optimizers
 from prepare import progress
 from record import Record, State, find_run, mean
+from report import verdict
 
 
 def plan(config, meta, batches, total_steps, model, micro, machine):
@@ -61,19 +62,16 @@ def why_over(state, config, total_steps):
     return ""
 
 
-class StopFlag:
-    """Set by SIGINT and SIGTERM, read by the loop at a step's end. Puts the old handlers back when left."""
-
-    def __enter__(self):
-        self.set = False
-        self.old = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def catch(self, number, frame):
-        self.set = True
-
-    def __exit__(self, *exception):
-        for number, handler in self.old.items():
+@contextlib.contextmanager
+def stop_signals():
+    """A list that is empty until SIGINT or SIGTERM comes; the loop looks at a step's end. Puts the old handlers back
+    when left."""
+    seen = []
+    old = {n: signal.signal(n, lambda number, frame: seen.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
@@ -222,10 +220,11 @@ def describe(split, figures, separator):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = load_config(argv)
-    with open_machine(config) as machine, StopFlag() as stop:
+    with open_machine(config) as machine:
         if config.eval_only:
             return eval_only(config, machine)
-        return train(config, machine, stop, resume_command(argv, machine))
+        with stop_signals() as stop:
+            return train(config, machine, stop, resume_command(argv, machine))
 
 
 def eval_only(config, machine):
@@ -254,10 +253,12 @@ def train(config, machine, stop, again):
     Raises UserError before the first step for whatever the user must mend.
     """
     meta = load_meta(config.dataset, config.data_dir)
-    tokens, val_tokens = (load_tokens(config.dataset, split, config.data_dir) for split in ("train", "val"))
-    if len(tokens) <= config.max_seq_len or len(val_tokens) < 2:
-        raise UserError(f"{config.dataset} has {len(tokens):,} training and {len(val_tokens):,} validation tokens, not "
-                        f"one window of {config.max_seq_len}; prepare more text, or use a smaller --max_seq_len")
+    splits = {split: load_tokens(config.dataset, split, config.data_dir) for split in meta["splits"]}
+    tokens = splits.pop("train")
+    if len(tokens) <= config.max_seq_len or min(map(len, splits.values())) < 2:
+        have = ", ".join(f"{len(ids):,} {split} tokens" for split, ids in (("training", tokens), *splits.items()))
+        raise UserError(f"{config.dataset} has {have}: not one window of {config.max_seq_len} to train on, or no two "
+                        "tokens to look at; prepare more text, or use a smaller --max_seq_len")
     batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
     total_steps = batches.epoch_end(config.epochs)
     total_steps = min(total_steps, config.max_steps) if config.max_steps else total_steps
@@ -285,7 +286,8 @@ def train(config, machine, stop, again):
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(training.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        training.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # nothing where the run was not in float16 until now
+            training.scaler.load_state_dict(checkpoint["scaler"])
         del checkpoint
     record = Record(config, machine, training, state, meta, data, batches, total_steps)
 
@@ -302,8 +304,8 @@ def train(config, machine, stop, again):
         if (due or over) and state.evaluated_step < state.step:
             record.take(losses, norms)
             record.save()
-            figures = evaluate(model, val_tokens, meta["splits"]["val"], config.max_seq_len, machine, micro,
-                               stopped=lambda: stop.set)
+            figures = evaluate(model, splits["val"], meta["splits"]["val"], config.max_seq_len, machine, micro,
+                               stopped=lambda: bool(stop))
             if figures is None:
                 over = ""
                 break
@@ -329,7 +331,7 @@ def train(config, machine, stop, again):
             busy, interval, state.loss_sum, state.loss_steps = 0.0, 0, 0.0, 0
         bar.update()
         # the ranks agree on the signal and on the time
-        stopping, state.elapsed_s = machine.total(stop.set, time.perf_counter() - started, op=dist.ReduceOp.MAX)
+        stopping, state.elapsed_s = machine.total(bool(stop), time.perf_counter() - started, op=dist.ReduceOp.MAX)
         saving = config.save_interval and state.step % config.save_interval == 0
         if config.save_minutes and state.elapsed_s - record.saved_s >= 60 * config.save_minutes:
             saving = True
@@ -337,7 +339,7 @@ def train(config, machine, stop, again):
             record.take(losses, norms)
             record.save()
         # a scaler begins far too high on purpose, and comes down by one power of two a step
-        if state.skipped_in_a_row >= (20 if training.scaler.is_enabled() else 5):
+        if (log_due or saving) and state.skipped_in_a_row >= (20 if training.scaler.is_enabled() else 5):
             bar.close()
             machine.say(f"error: {state.skipped_in_a_row} steps in a row, the last at {state.step:,}, had no finite "
                         "loss or gradient, and none of them reached the weights; try a lower --learning_rate, a longer "
@@ -348,7 +350,7 @@ def train(config, machine, stop, again):
     record.take(losses, norms)
     record.save()
     bar.close()
-    final = over and state.best and last_figures(config, machine, micro, meta, record, stopped=lambda: stop.set)
+    final = over and state.best and last_figures(config, machine, micro, meta, record, splits, lambda: bool(stop))
     if not over or final is None:
         machine.say(f"stopped at step {state.step:,}, {record.last_is()}; go on with: {again}")
         return 1
@@ -361,7 +363,7 @@ def train(config, machine, stop, again):
             machine.say(describe(split, figures, meta["separator"]))
     if state.best and config.expected_ppl:
         low, high = config.expected_ppl
-        machine.say(f"expected {low:g} to {high:g}: {'met' if state.best['val_ppl'] <= high else 'not met'}")
+        machine.say(f"expected {low:g} to {high:g}: {verdict(config.expected_ppl, state.best['val_ppl'])}")
     if config.recorded_ppl:
         machine.say(f"the notebook recorded {config.recorded_ppl:g}")
     if not record.finish(final):
@@ -371,20 +373,17 @@ def train(config, machine, stop, again):
     return 0
 
 
-def last_figures(config, machine, micro, meta, record, stopped):
-    """{split: figures} of the best checkpoint, over the validation and, if there is one, the test split; None if
-    stopped() on any rank."""
+def last_figures(config, machine, micro, meta, record, splits, stopped):
+    """{split: figures} of the best checkpoint over splits, {split: tokens}; None if stopped() on any rank."""
     best = machine.from_rank_0(lambda: load_checkpoint(record.best))
     model = record.training.model
     model.load_state_dict(best["model"])
     found = {}
-    for split in ("val", "test"):
-        if split in meta["splits"]:
-            tokens = load_tokens(config.dataset, split, config.data_dir)
-            found[split] = evaluate(model, tokens, meta["splits"][split], config.max_seq_len, machine, micro,
-                                    stopped=stopped)
-            if found[split] is None:
-                return None
+    for split, tokens in splits.items():
+        found[split] = evaluate(model, tokens, meta["splits"][split], config.max_seq_len, machine, micro,
+                                stopped=stopped)
+        if found[split] is None:
+            return None
     return found
 
 

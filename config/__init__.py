@@ -37,6 +37,11 @@ def run(main):
     sys.exit(code)
 
 
+def first_line(error):
+    """An exception's type and first line, for a message of one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
 def setting(default, help, low=None, below=None, choices=None):
     """A dataclass field with its reason and unit, and the values it allows: low <= value < below, or one of choices."""
     metadata = {"help": help, "low": low, "below": below, "choices": choices}
@@ -132,7 +137,7 @@ def from_text(name, text):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 
@@ -198,7 +203,7 @@ def read_file(path):
     try:
         exec(compile(source, path, "exec"), namespace)
     except Exception as error:
-        raise UserError(f"config {path} does not run: {type(error).__name__}: {error}; mend that line") from None
+        raise UserError(f"config {path} does not run: {first_line(error)}; mend that line") from None
     doc = namespace.get("__doc__") or ""
     return {name: value for name, value in namespace.items() if not name.startswith("_")}, doc
 

@@ -1,6 +1,7 @@
 """What users and disks get wrong, each with the line that train.py must end in: by test_failures.py in one process, by
 torture.py as whole commands. Every case runs in a folder of its own with a data set, tiny.py and a run in out/done."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -28,6 +29,20 @@ def token_file(change):
 
 def meta(text):
     return lambda: Path("data/tiny/meta.json").write_text(text)
+
+
+def test_split(tokens):
+    """Give the data set a test split of the training split's first tokens; None: without its file."""
+
+    def spoil():
+        path, ids = Path("data/tiny/meta.json"), np.fromfile("data/tiny/train.bin", "<u2")[:tokens]
+        about = json.loads(path.read_text())
+        counts = dict(tokens=len(ids), words=1, bytes=1, rows=1, sha256=hashlib.sha256(ids).hexdigest())
+        path.write_text(json.dumps(about | {"splits": about["splits"] | {"test": counts}}))
+        if tokens:
+            ids.tofile("data/tiny/test.bin")
+
+    return spoil
 
 
 def prepared_anew():
@@ -83,9 +98,11 @@ CASES = {
     "config of another type": (config("epochs = '3'"), ["tiny.py"], "epochs takes int"),
     "config that is no text": (config(b"\xff\xfe\x00"), ["tiny.py"], "not UTF-8"),
     "config that raises": (config("seed = 1 / 0"), ["tiny.py"], "ZeroDivisionError"),
+    "config that raises in two lines": (config("raise ValueError('one\\ntwo')"), ["tiny.py"], "ValueError: one"),
     "setting misspelt": (None, ["tiny.py", "--d_modle", "8"], "did you mean d_model"),
     "setting without a value": (None, ["tiny.py", "--seed"], "--seed needs a value"),
     "setting of another type": (None, ["tiny.py", "--epochs", "1.5"], "epochs takes int"),
+    "setting that no literal is": (None, ["tiny.py", "--epochs", "{[]}"], "epochs takes int"),
     "setting not a number": (None, ["tiny.py", "--learning_rate", "nan"], "learning_rate takes float"),
     "setting out of range": (None, ["tiny.py", "--dropout", "1"], "dropout must be"),
     "batch of nothing": (None, ["tiny.py", "--batch_size", "0"], "batch_size must be"),
@@ -104,6 +121,8 @@ CASES = {
     "tokens past the vocabulary": (token_file(lambda data: b"\xff\xff" + data[2:]), ["tiny.py"], "past the vocabulary"),
     "tokens swapped": (token_file(lambda data: SWAPPED), ["tiny.py"], "another SHA-256"),
     "tokens missing": (lambda: Path("data/tiny/train.bin").unlink(), ["tiny.py"], "0 bytes where"),
+    "test split missing": (test_split(None), ["tiny.py"], "test.bin has 0 bytes where"),
+    "test split of one token": (test_split(1), ["tiny.py"], "1 test tokens"),
     "meta.json torn": (meta('{"tokenizer": "gpt2", "voc'), ["tiny.py"], "is damaged"),
     "meta.json another program's": (meta(json.dumps({"vocab_size": 65, "itos": {}})), ["tiny.py"], "is damaged"),
     "meta.json without counts": (

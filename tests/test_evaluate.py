@@ -1,4 +1,6 @@
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -99,6 +101,14 @@ def test_eval_only_shows_the_run_s_own_figures_on_any_number_of_ranks(tiny, caps
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:3] == figures and "stride 4" in lines[4] and lines[3] != figures[0]
     assert script("train.py", tiny, "--eval_only", launch=RANKS).stdout.splitlines()[1:] == figures
+
+
+def test_ctrl_c_ends_eval_only(tiny, monkeypatch):
+    assert train.main([tiny, "--max_steps", "6"]) == 0
+    losses = LanguageModel.token_losses
+    monkeypatch.setattr(LanguageModel, "token_losses", lambda *a: os.kill(os.getpid(), signal.SIGINT) or losses(*a))
+    with pytest.raises(KeyboardInterrupt):
+        train.main([tiny, "--eval_only"])
 
 
 def test_eval_only_s_mistakes_are_one_line(tiny):

@@ -95,6 +95,8 @@ def test_a_kill_between_a_save_s_two_renames_loses_nothing(done, monkeypatch):
         patch.setattr(record.os, "replace", dying)
         record.save_checkpoint(content | {"step": 99}, "out/done/last.pt", keep="out/done/prev.pt")
     assert not os.path.exists("out/done/last.pt") and load_newest("out/done")[0]["step"] == 99
+    # and it is last.pt again, since the next save begins by emptying what has the temporary name
+    assert load_checkpoint("out/done/last.pt")["step"] == 99 and not os.path.exists("out/done/last.pt.part")
 
 
 @pytest.mark.parametrize("fails", ["fsync", "write"])
@@ -212,6 +214,16 @@ def test_after_a_few_such_steps_in_a_row_the_run_stops(tiny, monkeypatch, capsys
     assert train.main([tiny, "--save_interval", "2"]) == 1
     assert "error: 5 steps in a row, the last at 5" in capsys.readouterr().err
     assert same(weights("out/tiny/last.pt"), train.new_model(load_config([tiny]), 50257).state_dict())
+
+
+def test_a_run_that_stopped_for_such_steps_goes_on_where_they_are_mended(tiny, monkeypatch):
+    options = [tiny, "--max_steps", "20", "--log_interval", "10", "--save_interval", "10"]
+    real = torch.nn.utils.clip_grad_norm_
+    with monkeypatch.context() as patch:
+        patch.setattr(train.torch.nn.utils, "clip_grad_norm_", lambda *args: real(*args) * math.nan)
+        assert train.main(options) == 1
+    assert train.main([*options, "--resume"]) == 0
+    assert [line["skipped"] for line in metrics()] == [10, 10]
 
 
 # --- ranks

@@ -134,6 +134,12 @@ def test_one_text_file_is_split_between_rows(encoding, tmp_path, monkeypatch):
     assert load_tokens("book", "train", tmp_path / "data").tolist() == train  # what was prepared before is untouched
 
 
+def test_a_cut_at_a_row_s_start_gives_no_row_to_both_parts(tmp_path):
+    (tmp_path / "book.txt").write_text("ab\n" * 8)
+    meta = prepare.prepare("book", tmp_path / "book.txt", data_dir=tmp_path / "data", val_fraction=0.25)
+    assert [meta["splits"][split]["rows"] for split in ("train", "val")] == [6, 2]
+
+
 def test_prepared_and_unchanged_is_left_alone(tmp_path, capsys):
     source, data = write_raw(tmp_path / "src"), tmp_path / "data"
     prepare.prepare("own", source, data_dir=data)
@@ -172,6 +178,19 @@ def test_a_split_that_the_new_source_lacks_does_not_stay_behind(tmp_path):
     (source / "wiki.test.raw").unlink()
     prepare.prepare("own", source, data_dir=tmp_path / "data", force=True)
     assert sorted(f.name for f in (tmp_path / "data/own").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_a_zip_with_a_password_is_one_line(tmp_path):
+    as_zip(write_raw(tmp_path / "src"))
+    path = tmp_path / "src/wikitext-2-raw-v1.zip"
+    content = path.read_bytes()
+    for signature, flags in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8):  # bit 0 says encrypted, of a file and in the list
+        at = -1
+        while (at := content.find(signature, at + 1)) >= 0:
+            content = content[: at + flags] + bytes([content[at + flags] | 1]) + content[at + flags + 1 :]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="encrypted"):
+        prepare.prepare("own", path, data_dir=tmp_path / "data")
 
 
 def test_a_zip_with_two_candidates_is_not_guessed_at(tmp_path):

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_the_entry_is_there_before_the_end_and_after_a_stop(tiny):
     assert train.main([tiny, "--max_steps", "6", "--eval_interval", "3", "--resume", "--log_interval", "4"]) == 0
     assert [line["step"] for line in metrics(evaluations=True)] == [1, 3, 6]
     assert "Finished: 6 of 6" in Path("out/tiny/notebook.md").read_text()
+
+
+def test_a_run_whose_run_json_is_gone_ends_all_the_same(tiny, monkeypatch):
+    figures = train.last_figures
+    monkeypatch.setattr(train, "last_figures", lambda *a, **k: os.remove("out/tiny/run.json") or figures(*a, **k))
+    assert train.main([tiny, "--max_steps", "6"]) == 0 and Path("out/tiny/final.json").exists()
+
+
+@pytest.mark.parametrize("expected, says", [("1,2", "not met"), ("1,1e9", "met"), ("1e8,1e9", "exceeded")])
+def test_the_end_and_the_entry_say_the_same_of_what_was_expected(tiny, capsys, expected, says):
+    assert train.main([tiny, "--max_steps", "6", "--expected_ppl", expected]) == 0
+    assert f": {says}\n" in capsys.readouterr().out
+    assert f": {says}.\n" in Path("out/tiny/notebook.md").read_text()
 
 
 def test_looking_changes_nothing(tiny):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -315,6 +316,9 @@ def test_half_precision_trains_too(tiny):
         losses = [line["train_loss"] for line in metrics(out)]
         assert losses[-1] < losses[0] - 0.05
         assert bool(load_checkpoint(f"{out}/last.pt")["scaler"]) == (dtype == "float16")
+    for dtype in "float32", "float16", "bfloat16":  # a run may go on in another: the machine's, not the experiment's
+        steps = str(len(metrics()) + 6 if os.path.exists("out/tiny") else 6)
+        assert train.main([tiny, "--dtype", dtype, "--max_steps", steps, "--resume"]) == 0
 
 
 def test_compile_without_a_compiler_goes_on(tiny, script):
@@ -360,6 +364,8 @@ def test_a_forward_pass_on_a_cpu_takes_1024_tokens_at_most_in_equal_parts(batch_
     config = Config(batch_size=batch_size, max_seq_len=context)
     model = LanguageModel(100, context, 16, 2, 64, 2)
     assert train.micro_batch_size(config, model, CPU) == rows
+    elsewhere = dataclasses.replace(CPU, device=torch.device("mps"))
+    assert train.micro_batch_size(config, model, elsewhere) == batch_size
 
 
 @pytest.mark.parametrize("micro, more", [("0", MODERN), ("2", ())])
