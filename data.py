@@ -51,6 +51,8 @@ def load_tokens(dataset, split, data_dir="data"):
     size = path.stat().st_size if path.is_file() else 0
     if size != 2 * counts["tokens"] or not size:
         raise UserError(f"{path} has {size:,} bytes where meta.json says {2 * counts['tokens']:,}; run `{mend}`")
+    if counts["tokens"] < 2:
+        raise UserError(f"{path} holds one token, nothing to predict; prepare a text with more in its {split} split")
     tokens = np.memmap(path, dtype="<u2", mode="r")
     if tokens.max() >= meta["vocab_size"]:
         raise UserError(f"{path} holds id {tokens.max()}, past the vocabulary of {meta['vocab_size']:,}; run `{mend}`")

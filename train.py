@@ -255,10 +255,9 @@ def train(config, machine, stop, again):
     meta = load_meta(config.dataset, config.data_dir)
     splits = {split: load_tokens(config.dataset, split, config.data_dir) for split in meta["splits"]}
     tokens = splits.pop("train")
-    if len(tokens) <= config.max_seq_len or min(map(len, splits.values())) < 2:
-        have = ", ".join(f"{len(ids):,} {split} tokens" for split, ids in (("training", tokens), *splits.items()))
-        raise UserError(f"{config.dataset} has {have}: not one window of {config.max_seq_len} to train on, or no two "
-                        "tokens to look at; prepare more text, or use a smaller --max_seq_len")
+    if len(tokens) <= config.max_seq_len:
+        raise UserError(f"{config.dataset} has {len(tokens):,} training tokens, not one window of "
+                        f"{config.max_seq_len}; prepare more text, or use a smaller --max_seq_len")
     batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
     total_steps = batches.epoch_end(config.epochs)
     total_steps = min(total_steps, config.max_steps) if config.max_steps else total_steps

@@ -122,7 +122,7 @@ CASES = {
     "tokens swapped": (token_file(lambda data: SWAPPED), ["tiny.py"], "another SHA-256"),
     "tokens missing": (lambda: Path("data/tiny/train.bin").unlink(), ["tiny.py"], "0 bytes where"),
     "test split missing": (test_split(None), ["tiny.py"], "test.bin has 0 bytes where"),
-    "test split of one token": (test_split(1), ["tiny.py"], "1 test tokens"),
+    "test split of one token": (test_split(1), ["tiny.py"], "test.bin holds one token"),
     "meta.json torn": (meta('{"tokenizer": "gpt2", "voc'), ["tiny.py"], "is damaged"),
     "meta.json another program's": (meta(json.dumps({"vocab_size": 65, "itos": {}})), ["tiny.py"], "is damaged"),
     "meta.json without counts": (
