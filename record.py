@@ -309,7 +309,11 @@ class Record:
         prompts, model = self.config.sample_prompts, self.training.model
         if self.machine.rank > 0 or not prompts or self.meta["tokenizer"] != "gpt2":
             return {}
-        encoding = load_tokenizer()
+        try:
+            encoding = load_tokenizer()
+        except UserError as error:  # data prepared elsewhere, and no way to tiktoken's files here
+            self.machine.say(f"warning: no samples for the notebook: {error}", file=sys.stderr)
+            return {}
         ids = [encoding.encode_ordinary(prompt) or encoding.encode_ordinary("\n") for prompt in prompts]
         model.eval()
         steps = [new for new, _ in generate(model, ids, SAMPLE_TOKENS, vocab_size=encoding.n_vocab)]

@@ -90,6 +90,16 @@ def test_looking_changes_nothing(tiny):
     assert not any("samples" in line for line in metrics("out/not", evaluations=True))
 
 
+def test_a_tokenizer_that_cannot_be_loaded_costs_the_samples_and_not_the_run(tiny, monkeypatch, capsys):
+    def missing():
+        raise UserError("tiktoken cannot load gpt2")
+
+    monkeypatch.setattr(record, "load_tokenizer", missing)
+    assert train.main([tiny, "--max_steps", "6", *PROMPTS]) == 0
+    assert "warning: no samples for the notebook: tiktoken cannot load" in capsys.readouterr().err
+    assert Path("out/tiny/final.json").exists() and "samples" not in metrics("out/tiny", evaluations=True)[-1]
+
+
 def test_the_test_split_is_looked_at_once_at_the_end(tiny, capsys):
     meta = json.loads(Path("data/tiny/meta.json").read_text())
     shutil.copy("data/tiny/train.bin", "data/tiny/test.bin")
