@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -173,8 +174,11 @@ def open_machine(config):
         yield Machine(device, getattr(torch, dtype), rank, world, local_world)
     except RuntimeError as error:
         lost = isinstance(error, dist.DistError) or re.search("gloo|nccl|connection closed|timed out", str(error), re.I)
-        if world == 1 or not lost:
+        if world == 1:
             raise
+        if not lost:  # an error of this rank's own
+            traceback.print_exc()
+            os._exit(1)  # leaving the group would wait for what the others began
         missing = ""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank while it asks
         try:  # who does not answer? in a group of its own, since the one that broke is of no more use
@@ -200,10 +204,13 @@ def micro_batch_size(config, model, machine):
     if machine.device.type == "cuda":
         budget = 0.8 * torch.cuda.get_device_properties(machine.device).total_memory
     else:
+        if machine.device.type == "mps":
+            rows = min(rows, max(1, 32766 // config.max_seq_len))  # see head_loss
         if machine.device.type == "cpu":
             rows = min(rows, max(1, 1024 // config.max_seq_len))  # more would be no faster, and take more memory
         budget = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.local_world
     fits = next((n for n in range(rows, 1, -1) if model.memory_bytes(n, machine.dtype) <= budget), 1)
+    fits = int(machine.total(fits, op=dist.ReduceOp.MIN)[0])  # GPUs may differ, and an evaluation is cut alike
     return math.ceil(all_rows / math.ceil(all_rows / fits))
 
 

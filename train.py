@@ -126,7 +126,7 @@ def take_step(config, machine, training, batches, step, lr):
     rows = torch.from_numpy(batches.batch(step, machine.rank, machine.world))
     if machine.device.type == "cuda":
         rows = rows.pin_memory()
-    parts = rows.to(machine.device, non_blocking=True).split(training.micro)
+    parts = rows.to(machine.device, non_blocking=machine.device.type == "cuda").split(training.micro)
     total = torch.zeros((), device=machine.device)
     for i, part in enumerate(parts):
         # DDP averages over ranks at the last backward pass; no_sync must enclose forward and backward

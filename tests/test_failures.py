@@ -308,6 +308,19 @@ def test_ranks_started_otherwise_are_refused_by_name(tiny):
     assert not os.path.exists("out")
 
 
+def test_a_rank_s_own_error_ends_it_at_once(tiny):
+    """Leaving the group would wait for the other ranks, on a GPU for ever."""
+    words = ("import sys, threading, torch.distributed as dist, train; dist.destroy_process_group = "
+             "lambda: threading.Event().wait(); step = train.take_step\n"
+             "def broken(config, machine, *args):\n"
+             "    if machine.rank: raise RuntimeError('CUDA out of memory')\n"
+             "    return step(config, machine, *args)\n"
+             "train.take_step = broken; train.main(sys.argv[1:])")
+    command = [sys.executable, *RANKS, "--no-python", sys.executable, "-c", words, tiny]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": ROOT})
+    assert done.returncode == 1 and done.stderr.count("RuntimeError: CUDA out of memory") == 1, done.stderr
+
+
 def test_more_ranks_than_windows(tmp_path, monkeypatch, tiny, script):
     make_dataset(tmp_path / "data", "short", train=40, val=9)
     options = [tiny, "--dataset", "short", "--epochs", "20", "--dropout", "0"]

@@ -368,6 +368,12 @@ def test_a_forward_pass_on_a_cpu_takes_1024_tokens_at_most_in_equal_parts(batch_
     assert train.micro_batch_size(config, model, elsewhere) == batch_size
 
 
+def test_ranks_whose_memory_differs_cut_an_evaluation_alike(monkeypatch):
+    machine = dataclasses.replace(CPU, world=2)
+    monkeypatch.setattr(Machine, "total", lambda self, fits, op: [min(fits, 1.0)])  # the other rank holds one sequence
+    assert train.micro_batch_size(Config(batch_size=8), LanguageModel(100, 512, 16, 2, 64, 2), machine) == 1
+
+
 @pytest.mark.parametrize("micro, more", [("0", MODERN), ("2", ())])
 def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
     options = [tiny, "--dropout", "0", "--max_steps", "20", "--eval_interval", "10", "--batch_size", "7", *more]
