@@ -1,8 +1,8 @@
-# make demo | make test | make lint | make setup | make torture. Each installs what it needs; Python >= 3.10, git and
-# make must be there.
+# make demo | make test | make test-cuda (where there is a GPU) | make lint | make setup | make torture. Each installs
+# what it needs; Python >= 3.10, git and make must be there.
 PYTHON ?= python3
 
-.PHONY: demo test lint setup torture
+.PHONY: demo test test-cuda lint setup torture
 
 demo: .venv/installed
 	.venv/bin/python prepare.py demo
@@ -11,6 +11,9 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest
+
+test-cuda: .venv/installed-dev
+	TEST_CUDA=1 .venv/bin/python -m pytest -n 0 tests/test_cuda.py
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -77,15 +77,17 @@ def rms_norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def rotations(positions, size):
-    """What turns queries and keys at `positions` (T,) or (B, T): cos and sin, (..., 1, T, size / 2) float32."""
-    frequencies = 10000.0 ** -(torch.arange(0, size, 2, device=positions.device) / size)
-    angles = (positions[..., None] * frequencies).unsqueeze(-3)
-    return angles.cos(), angles.sin()
+def rotations(length, size):
+    """What turns queries and keys of a head of `size` at positions 0 to length - 1: cos and sin, (2, length, size / 2)
+    float32."""
+    frequencies = 10000.0 ** -(torch.arange(0, size, 2) / size)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021): x (B, H, T, size), each pair of its halves turned by its position's angles."""
+    """Rotary positions (Su et al. 2021): x (B, H, T, size), each pair of its halves turned by its position's angles,
+    (T, size / 2) or (B, 1, T, size / 2) each."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -121,7 +123,8 @@ class ModernBlock(nn.Module):
         v = (self.value_mix[0] * v + self.value_mix[1] * values).type_as(v)
         y = attend(q, k, v).transpose(1, 2).reshape(B, T, D)
         x = x + self.dropout(self.attention_out(y))
-        y = F.relu(self.mlp_in(rms_norm(x))).square()
+        y = F.relu(self.mlp_in(rms_norm(x)))
+        y = y * y  # which autocast leaves in low precision; CUDA's would take square() to float32
         return x + self.dropout(self.mlp_out(y)), values
 
 
@@ -181,8 +184,14 @@ class LanguageModel(nn.Module):
             num_layers=num_layers, dropout=dropout, block=block,
         )
         self.modern = block == "modern"
+        self.fused = None  # softmax_loss, where compile_blocks() compiled it
         self.token_embedding = nn.Embedding(vocab_size, d_model)
-        if not self.modern:
+        if self.modern:
+            with torch.device("cpu"):  # not "meta", where load_model() builds
+                table = rotations(max_seq_len, d_model // num_heads)
+            # a table, since compiled kernels would form cosines again for every head and layer
+            self.register_buffer("rotations", table, persistent=False)
+        else:
             self.position_embedding = nn.Embedding(max_seq_len, d_model)
             self.final_norm = nn.LayerNorm(d_model)
         self.dropout = Dropout(dropout)
@@ -205,16 +214,17 @@ class LanguageModel(nn.Module):
 
         With a cache, positions (B, T) are the tokens' own, and attend(layer) gives a layer's attention.
         """
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        T = tokens.shape[1]
         attentions = [attend(i) if attend else causal_attention for i in range(len(self.blocks))]
         x = self.token_embedding(tokens)
         if self.modern:
             x = start = self.dropout(rms_norm(x))
-            values, rotation = None, rotations(positions, self.args["d_model"] // self.args["num_heads"])
+            rotation = self.rotations[:, :T] if positions is None else self.rotations[:, positions].unsqueeze(2)
+            values = None
             for block, attention in zip(self.blocks, attentions, strict=True):
                 x, values = block(x, start, values, rotation, attention)
             return rms_norm(x)
+        positions = torch.arange(T, device=x.device) if positions is None else positions
         x = self.dropout(x + self.position_embedding(positions))
         for block, attention in zip(self.blocks, attentions, strict=True):
             x = block(x, attention)
@@ -251,13 +261,14 @@ class LanguageModel(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.head(x)
-        return HeadLoss.apply(x.flatten(0, 1), self.token_embedding.weight, self.head_bias, targets.flatten())
+        tied = self.token_embedding.weight, self.head_bias
+        return HeadLoss.apply(x.flatten(0, 1), *tied, targets.flatten(), self.fused)
 
     @torch.no_grad()
     def token_losses(self, tokens, targets):
         """The loss of every token by itself, nats: (B, T), (B, T) int64 -> (B, T) float32. No gradients."""
         x = self.hidden(tokens).flatten(0, 1)
-        losses, *_ = head_loss(x, self.token_embedding.weight, self.head_bias, targets.flatten(), gradients=False)
+        losses, *_ = head_loss(x, self.token_embedding.weight, self.head_bias, targets.flatten(), False, self.fused)
         return losses.view(tokens.shape)
 
     def count(self):
@@ -287,37 +298,60 @@ class LanguageModel(nn.Module):
 def head_rows(device_type, vocab_size, N):
     """How many of N rows of logits the head forms at a time, and how many of those its softmax takes at a time: the
     matmuls want many, in equal parts; the softmax, float32, wants to stay in a CPU's cache."""
-    most = max(1, (1 << 26 if device_type == "cpu" else 1 << 27) // vocab_size)
+    most = max(1, {"cpu": 1 << 26, "cuda": 1 << 28}.get(device_type, 1 << 27) // vocab_size)
     rows = math.ceil(N / math.ceil(N / most))
     return rows, min(rows, 32) if device_type == "cpu" else rows
 
 
-def head_loss(x, weight, bias, targets, gradients):
+def softmax_loss(logits, bias, targets, gradients):
+    """The losses of rows of logits (n, V), and with `gradients` that of their sum in the bias, while the logits are
+    replaced by theirs. What head_loss does step by step, as one expression: compiled for CUDA, it reads the logits
+    three times and writes them once."""
+    p = logits + bias
+    picked, top = p.gather(1, targets[:, None]), p.amax(1, keepdim=True)
+    p = (p - top).exp()
+    total = p.sum(1, keepdim=True)
+    losses = (top + total.log() - picked).squeeze(1)
+    if not gradients:
+        return losses, None
+    words = torch.arange(len(bias), device=bias.device)
+    p = p / total - (words == targets[:, None]).to(p.dtype)
+    logits.copy_(p)
+    return losses, p.sum(0)
+
+
+def head_loss(x, weight, bias, targets, gradients, fused=None):
     """The head and its cross-entropy in chunks of rows, so that the (N, V) logits never exist.
 
     x (N, D), weight (V, D), bias (V,) float32, targets (N,) int64; the matmuls in autocast's dtype where autocast is
     on, bias, softmax and every sum in float32. Returns the losses (N,) float32, nats, and the gradients of their sum
-    in x, weight and bias if `gradients`, else three None. The idea of forming gradients in the forward pass is
-    Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
+    in x, weight and bias if `gradients`, else three None. fused: softmax_loss, compiled. The idea of forming gradients
+    in the forward pass is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
     """
     kind, (N, D), V = x.device.type, x.shape, len(weight)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     full = torch.promote_types(dtype, torch.float32)
     rows, block = head_rows(kind, V, N)
     padded = -(-V // 64) * 64  # matmul kernels want a multiple of 64; the words that are none get a bias of -inf
+    words = 16384 if kind == "mps" else padded  # sums over 32,767 and more can be wrong there (pytorch#177116)
+    band = 4096 if kind == "cpu" else padded  # in bands, since there a sum of two dtypes makes a copy first
     with torch.autocast(kind, enabled=False):
         low_x, low_weight = x.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, padded - V))
         bias = F.pad(bias, (0, padded - V), value=-math.inf)
         losses = x.new_empty(N, dtype=full)
         logits = x.new_empty(rows, padded, dtype=dtype)
-        exact = x.new_empty(block, padded, dtype=full) if dtype != full else None
+        exact = x.new_empty(block, padded, dtype=full) if dtype != full and not fused else None
         if gradients:
             grad_x, low_grad = torch.empty_like(x), torch.empty_like(low_weight)
             grad_weight, grad_bias = bias.new_zeros(padded, D), torch.zeros_like(bias)
         for start in range(0, N, rows):
             xs = low_x[start : start + rows]
             chunk = torch.mm(xs, low_weight.t(), out=logits[: len(xs)])
-            for i in range(0, len(xs), block):
+            if fused:
+                losses[start : start + rows], sums = fused(chunk, bias, targets[start : start + rows], gradients)
+                if gradients:
+                    grad_bias += sums
+            for i in range(0, 0 if fused else len(xs), block):
                 low = chunk[i : i + block]
                 part = slice(start + i, start + i + len(low))
                 p = low if exact is None else exact[: len(low)].copy_(low)
@@ -332,10 +366,12 @@ def head_loss(x, weight, bias, targets, gradients):
                     if low is not p:
                         low.copy_(p)
             if gradients:
-                grad_x[start : start + rows] = chunk @ low_weight
+                grad_x[start : start + rows] = chunk[:, :words] @ low_weight[:words]
+                for i in range(words, padded, words):
+                    grad_x[start : start + rows] += chunk[:, i : i + words] @ low_weight[i : i + words]
                 torch.mm(chunk.t(), xs, out=low_grad)
-                for into, part in zip(grad_weight.split(4096), low_grad.split(4096), strict=True):
-                    into += part  # in parts, since a sum of two dtypes makes a copy first
+                for into, part in zip(grad_weight.split(band), low_grad.split(band), strict=True):
+                    into += part
     return (losses, grad_x, grad_weight[:V], grad_bias[:V]) if gradients else (losses, None, None, None)
 
 
@@ -346,8 +382,8 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, targets):
-        losses, *ctx.gradients = head_loss(x, weight, bias, targets, gradients=True)
+    def forward(ctx, x, weight, bias, targets, fused=None):
+        losses, *ctx.gradients = head_loss(x, weight, bias, targets, True, fused)
         ctx.loss = losses.mean()
         return ctx.loss.clone()
 
@@ -359,7 +395,7 @@ class HeadLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         # a loss that is not finite makes its gradients so, and by them every rank sees it
         scale = grad / len(gradients[0]) + (ctx.loss - ctx.loss)
-        return *(g.mul_(scale) for g in gradients), None
+        return *(g.mul_(scale) for g in gradients), None, None
 
 
 def load_checkpoint(path, needed=()):

@@ -111,7 +111,8 @@ def prepare_training(config, machine, model):
     compiled = wanted and compile_blocks(model, machine)
     stepped = model
     if machine.world > 1:
-        stepped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        stepped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                                            broadcast_buffers=False)
     return Training(model, stepped, optimizers, scaler, micro_batch_size(config, model, machine), compiled)
 
 
@@ -174,6 +175,7 @@ def evaluate(model, tokens, counts, context, machine, rows, stride=0, stopped=la
     model.eval()
     stride = stride or context
     windows = spans(len(tokens) - 1, context, stride)
+    rows = min(rows, len(windows))
     batches = [windows[i : i + rows] for i in range(0, len(windows), rows)]
     sums, ended = torch.zeros(5, dtype=torch.float64), 0  # over windows: nats, tokens, and their products
     with progress(len(batches), "evaluating", leave=False, disable=machine.rank > 0) as bar, machine.autocast():
@@ -181,12 +183,13 @@ def evaluate(model, tokens, counts, context, machine, rows, stride=0, stopped=la
             if stopped():
                 ended = 1
                 break
-            chunk = np.zeros((len(batch), context + 1), dtype=np.int64)  # short windows are filled up, then cut again
-            for row, (start, end, _) in zip(chunk, batch, strict=True):
+            # short windows are filled up, then cut again; a last short batch, too: another shape would compile anew
+            chunk = np.zeros((rows, context + 1), dtype=np.int64)
+            for row, (start, end, _) in zip(chunk, batch, strict=False):
                 row[: end - start + 1] = tokens[start : end + 1]
             chunk = torch.from_numpy(chunk).to(machine.device)
             losses = model.token_losses(chunk[:, :-1], chunk[:, 1:]).cpu().double()
-            for row, (start, end, first) in zip(losses, batch, strict=True):
+            for row, (start, end, first) in zip(losses, batch, strict=False):
                 nats, n = row[first - start : end - start].sum().item(), end - first
                 sums += torch.tensor([nats, n, nats * nats, nats * n, n * n], dtype=torch.float64)
             bar.update(machine.world)

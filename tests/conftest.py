@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' numbers are the CPU's
+if not os.environ.get("TEST_CUDA"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' numbers are the CPU's
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run side by side
 
 

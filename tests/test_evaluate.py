@@ -89,6 +89,17 @@ def test_the_standard_error_is_how_far_such_texts_differ():
     assert spread == pytest.approx(np.mean([figures["stderr"] for figures in found]), rel=0.1)
 
 
+def test_forward_passes_have_one_shape(tiny, monkeypatch):
+    """Compiled code would be compiled anew for another, a last short one."""
+    tokens, counts, model = load_tokens("tiny", "val")[:100], load_meta("tiny")["splits"]["val"], loud()
+    shapes, real = [], model.token_losses
+    monkeypatch.setattr(model, "token_losses", lambda x, y: shapes.append(x.shape) or real(x, y))
+    for rows, passes in ((4, 2), (8, 1)):
+        evaluate(model, tokens, counts, 16, CPU, rows)
+        assert len(shapes) == passes and set(shapes) == {(min(rows, 7), 16)}
+        shapes.clear()
+
+
 def test_eval_only_shows_the_run_s_own_figures_on_any_number_of_ranks(tiny, capsys, script):
     assert train.main([tiny, "--max_steps", "6"]) == 0
     shown = capsys.readouterr().out

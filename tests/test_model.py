@@ -20,6 +20,7 @@ from model import (
     rms_norm,
     rotate,
     rotations,
+    softmax_loss,
 )
 from record import save_checkpoint
 
@@ -109,7 +110,7 @@ def test_rotary_positions_are_those_of_transformers_llama():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     torch.manual_seed(0)
     q, k, positions = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8), torch.randint(500, (2, 7))
-    cos, sin = rotations(positions, 8)
+    cos, sin = rotations(500, 8)[:, positions].unsqueeze(2)
     whole = (torch.cat((t, t), -1).squeeze(1) for t in (cos, sin))
     for mine, theirs in zip((rotate(q, cos, sin), rotate(k, cos, sin)),
                             llama.apply_rotary_pos_emb(q, k, *whole), strict=True):
@@ -140,13 +141,16 @@ def test_no_position_sees_a_later_one(block, monkeypatch):
 # chunks of one row; chunks and blocks that do not divide; one chunk; the softmax of each chunk at once
 @pytest.mark.parametrize("rows, block", [(1, 1), (7, 3), (24, 5), (10, 10)])
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_the_fused_loss_and_its_gradients_are_cross_entropy_s(rows, block, dtype, near, monkeypatch):
+@pytest.mark.parametrize("fused", [None, softmax_loss])  # as one expression, which is compiled on a GPU
+def test_the_fused_loss_and_its_gradients_are_cross_entropy_s(rows, block, dtype, near, fused, monkeypatch):
     monkeypatch.setattr(model_module, "head_rows", lambda kind, V, N: (rows, block))
     torch.manual_seed(0)
     x, weight, bias = (t.to(dtype) for t in (torch.randn(24, 16) * 3, torch.randn(97, 16), torch.randn(97)))
     targets = torch.randint(97, (24,))
     ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    loss = HeadLoss.apply(*ours, targets)
+    loss = HeadLoss.apply(*ours, targets, fused)
+    losses, *_ = head_loss(x, weight, bias, targets, False, fused)
+    torch.testing.assert_close(losses.mean(), loss.detach())
     (loss * 2.5).backward()
     truth = [t.double().requires_grad_() for t in (x, weight, bias)]
     expected = F.cross_entropy(F.linear(*truth), targets)

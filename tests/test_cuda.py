@@ -1,0 +1,97 @@
+"""What only a GPU can show: `make test-cuda`. Skipped elsewhere, and by `make test`, whose numbers are the CPU's."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_train import MODERN, metrics, weights
+
+import sample
+import train
+from config import load_config
+from machine import Machine
+from model import HeadLoss, head_loss, load_model, softmax_loss
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not make test-cuda")
+
+
+@pytest.mark.parametrize("fused", [None, softmax_loss, torch.compile(softmax_loss)])
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_the_fused_loss_is_the_truth_s(dtype, near, fused):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2999, 64) * 0.5, torch.randn(50257, 64) * 0.3, torch.randn(50257)  # two chunks
+    targets = torch.randint(50257, (2999,))
+    leaves = [t.cuda().requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        losses, *_ = head_loss(*(t.detach() for t in leaves), targets.cuda(), False, fused)
+        loss = HeadLoss.apply(*leaves, targets.cuda(), fused)
+    loss.backward()
+    truth = [t.double().cuda().requires_grad_() for t in (x, weight, bias)]
+    each = F.cross_entropy(F.linear(*truth), targets.cuda(), reduction="none")
+    each.mean().backward()
+    assert (losses - each).norm() / each.norm() < near and abs(loss - each.mean()) < near
+    for mine, theirs in zip(leaves, truth, strict=True):
+        assert (mine.grad - theirs.grad).norm() / theirs.grad.norm() < near
+
+
+@pytest.mark.parametrize("more", [(), MODERN])
+def test_a_gpu_gives_the_curve_of_the_cpu(tiny, more):
+    options = [tiny, "--dropout", "0", "--max_steps", "20", "--eval_interval", "10", *more]
+    runs = {"cpu": (), "plain": ("--compile", "False"), "compiled": (), "parts": ("--micro_batch_size", "2"),
+            "low": ("--dtype", "bfloat16"), "scaled": ("--dtype", "float16")}
+    for out, settings in runs.items():
+        device = ("--device", "cuda") if out != "cpu" else ()
+        assert train.main([*options, *device, *settings, "--out_dir", out]) == 0
+    same = 0.02 if more else 1e-4  # Muon is in bfloat16 on a GPU
+    for evaluations, key in ((False, "train_loss"), (True, "val_loss")):
+        whole, *others = ([line[key] for line in metrics(out, evaluations)] for out in runs)
+        for curve, near in zip(others, (same, same, same, 0.05, 9), strict=True):
+            np.testing.assert_allclose(curve, whole, rtol=0, atol=near)
+    assert metrics("scaled")[-1]["skipped"] < 10  # the scaler came down, and on it went
+
+
+def test_a_resumed_run_goes_on_as_it_was(tiny):
+    options = [tiny, "--device", "cuda", "--lr_schedule", "constant", "--block", "modern", "--optimizer", "muon"]
+    assert train.main([*options, "--max_steps", "20", "--out_dir", "whole"]) == 0
+    for steps in ("9", "20"):
+        assert train.main([*options, "--max_steps", steps, "--out_dir", "cut", "--resume"]) == 0
+    one, two = ([line["train_loss"] for line in metrics(out)] for out in ("whole", "cut"))
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)  # sums on a GPU come in no fixed order; dropout is the same
+
+
+def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny, monkeypatch):
+    real = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", lambda *args: real(*args) * math.nan)
+    assert train.main([tiny, "--device", "cuda", "--save_interval", "2", *MODERN]) == 1
+    begun = train.new_model(load_config([tiny, *MODERN]), 50257).state_dict()
+    assert all(torch.equal(begun[name], value) for name, value in weights("out/tiny/last.pt").items())
+
+
+@pytest.mark.parametrize("config, rows", [("config/exp5.py", 32), ("config/exp6.py", 32), ("config/exp1.py", 8)])
+def test_the_memory_of_a_step_is_what_the_plan_says(config, rows):
+    config = load_config([config])
+    for dtype, config.compile in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)):
+        machine = Machine(torch.device("cuda"), dtype)
+        torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        training = train.prepare_training(config, machine, train.new_model(config, 50257).cuda())
+        assert training.micro == rows
+        tokens = np.random.RandomState(0).randint(50257, size=1 << 18).astype(np.uint16)
+        batches = train.Batches(tokens, config.max_seq_len, config.batch_size, 0)
+        for step in range(3):
+            train.take_step(config, machine, training, batches, step, 1e-3)
+        planned, seen = training.model.memory_bytes(rows, dtype), torch.cuda.max_memory_allocated() - held
+        del training
+        torch._dynamo.reset()
+        print(f"{config.name}, {dtype}, compile {config.compile}: {seen / 1e9:.2f} of {planned / 1e9:.2f} GB planned")
+        assert 0.2 < seen / planned < 1.1
+
+
+def test_text_is_the_cpu_s(tiny):
+    assert train.main([tiny, "--device", "cuda", *MODERN]) == 0
+    model, _ = load_model("out/tiny/best.pt")
+    texts = [[ids for ids, _ in sample.generate(model.to(device), [[5], [7, 8, 9, 10]], 40, temperature=0)]
+             for device in ("cpu", "cuda")]
+    assert texts[0] == texts[1]
