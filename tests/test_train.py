@@ -330,12 +330,18 @@ def test_compile_without_a_compiler_goes_on(tiny, script):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("more", [(), MODERN])
-def test_compiled_blocks_give_the_same_curve(tiny, more):
+def test_compiled_blocks_give_the_same_curve(tiny, script, more):
+    """On one process and (one block will do) in micro-batches on two: what GPUs do without being asked."""
     options = [tiny, "--dropout", "0", "--max_steps", "6", "--num_layers", "1", *more]
     assert train.main([*options, "--out_dir", "out/plain"]) == 0
     assert train.main([*options, "--out_dir", "out/compiled", "--compile"]) == 0
-    plain, compiled = ([line["train_loss"] for line in metrics(out)] for out in ("out/plain", "out/compiled"))
-    np.testing.assert_allclose(compiled, plain, rtol=0, atol=1e-5)
+    runs = ["out/plain", "out/compiled"]
+    if more:
+        runs.append("out/ranks")
+        script("train.py", *options, "--micro_batch_size", "1", "--out_dir", runs[-1], "--compile", launch=RANKS)
+    plain, *others = ([line["train_loss"] for line in metrics(out)] for out in runs)
+    for compiled in others:
+        np.testing.assert_allclose(compiled, plain, rtol=0, atol=1e-5)
     assert same_shapes(weights("out/plain/best.pt"), weights("out/compiled/best.pt"))  # no prefix in the names
 
 
