@@ -11,6 +11,7 @@ else, and a resumed run is the same run.
 import contextlib
 import dataclasses
 import math
+import shlex
 import signal
 import sys
 import time
@@ -78,7 +79,7 @@ def stop_signals():
 def resume_command(argv, machine):
     """The command that goes on with this run."""
     start = f"torchrun --nproc_per_node={machine.local_world}" if machine.world > 1 else "python"
-    return " ".join([start, "train.py", *(word for word in argv if word != "--resume"), "--resume"])
+    return f"{start} train.py {shlex.join([*(word for word in argv if word != '--resume'), '--resume'])}"
 
 
 @dataclass

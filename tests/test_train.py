@@ -349,6 +349,13 @@ def same_shapes(a, b):
     return {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
 
 
+def test_the_command_that_resumes_is_the_shell_s():
+    words = ["exp 5.py", "--sample_prompts", "()", "--resume", "--seed", "1"]
+    assert train.resume_command(words, CPU) == "python train.py 'exp 5.py' --sample_prompts '()' --seed 1 --resume"
+    assert train.resume_command([], dataclasses.replace(CPU, world=4, local_world=2)).startswith(
+        "torchrun --nproc_per_node=2 train.py")
+
+
 def test_ctrl_c_in_a_terminal(tiny):
     """The real process and the real signal: a checkpoint, the command that resumes, exit code 1."""
     command = [sys.executable, str(ROOT / "train.py"), tiny, "--epochs", "100000"]
