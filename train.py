@@ -112,8 +112,7 @@ def prepare_training(config, machine, model):
     compiled = wanted and compile_blocks(model, machine)
     stepped = model
     if machine.world > 1:
-        stepped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                                            broadcast_buffers=False)
+        stepped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     return Training(model, stepped, optimizers, scaler, micro_batch_size(config, model, machine), compiled)
 
 

@@ -391,7 +391,8 @@ def test_ranks_whose_memory_differs_cut_an_evaluation_alike(monkeypatch):
 def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
     options = [tiny, "--dropout", "0", "--max_steps", "20", "--eval_interval", "10", "--batch_size", "7", *more]
     assert train.main([*options, "--out_dir", "out/one"]) == 0
-    script("train.py", *options, "--micro_batch_size", micro, "--out_dir", "out/two", launch=RANKS)
+    done = script("train.py", *options, "--micro_batch_size", micro, "--out_dir", "out/two", launch=RANKS)
+    assert "Warning" not in done.stderr
     keys = ((False, "train_loss"), (False, "grad_norm"), (True, "val_loss"), (True, "val_bits_per_byte"))
     for evaluations, key in keys:
         one, two = ([line[key] for line in metrics(out, evaluations)] for out in ("out/one", "out/two"))
