@@ -303,10 +303,26 @@ def head_rows(device_type, vocab_size, N):
     return rows, min(rows, 32) if device_type == "cpu" else rows
 
 
+def softmax_in_place(logits, bias, targets, gradients, room):
+    """The losses (n,) of rows of logits (n, V) plus bias (V,), nats, and with `gradients` those of their sum: in the
+    logits, which they replace, and in the bias, (V,); else None. In `room`, float32, or in the logits if that is None:
+    with fresh memory all of this would take a CPU twice as long and more."""
+    p = (logits if room is None else room[: len(logits)].copy_(logits)).add_(bias)
+    picked, top = p.gather(1, targets[:, None]), p.amax(1, keepdim=True)
+    torch.softmax(p, 1, out=p)
+    # the likeliest word's probability is at least 1 / V, and so gives log-sum-exp in full precision
+    losses = (top - p.amax(1, keepdim=True).log() - picked).squeeze(1)
+    if not gradients:
+        return losses, None
+    p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1))  # the softmax, less one at the target
+    if room is not None:
+        logits.copy_(p)
+    return losses, p.sum(0)
+
+
 def softmax_loss(logits, bias, targets, gradients):
-    """The losses of rows of logits (n, V), and with `gradients` that of their sum in the bias, while the logits are
-    replaced by theirs. What head_loss does step by step, as one expression: compiled for CUDA, it reads the logits
-    three times and writes them once."""
+    """softmax_in_place() as one expression, for torch.compile: on CUDA it reads the logits three times and writes them
+    once."""
     p = logits + bias
     picked, top = p.gather(1, targets[:, None]), p.amax(1, keepdim=True)
     p = (p - top).exp()
@@ -340,31 +356,19 @@ def head_loss(x, weight, bias, targets, gradients, fused=None):
         bias = F.pad(bias, (0, padded - V), value=-math.inf)
         losses = x.new_empty(N, dtype=full)
         logits = x.new_empty(rows, padded, dtype=dtype)
-        exact = x.new_empty(block, padded, dtype=full) if dtype != full and not fused else None
+        room = x.new_empty(block, padded, dtype=full) if dtype != full and not fused else None
+        softmax = fused or functools.partial(softmax_in_place, room=room)
         if gradients:
             grad_x, low_grad = torch.empty_like(x), torch.empty_like(low_weight)
             grad_weight, grad_bias = bias.new_zeros(padded, D), torch.zeros_like(bias)
         for start in range(0, N, rows):
             xs = low_x[start : start + rows]
             chunk = torch.mm(xs, low_weight.t(), out=logits[: len(xs)])
-            if fused:
-                losses[start : start + rows], sums = fused(chunk, bias, targets[start : start + rows], gradients)
+            blocks = (t.split(block) for t in (chunk, losses[start : start + rows], targets[start : start + rows]))
+            for low, loss, target in zip(*blocks, strict=True):
+                loss[:], sums = softmax(low, bias, target, gradients)
                 if gradients:
                     grad_bias += sums
-            for i in range(0, 0 if fused else len(xs), block):
-                low = chunk[i : i + block]
-                part = slice(start + i, start + i + len(low))
-                p = low if exact is None else exact[: len(low)].copy_(low)
-                p.add_(bias)
-                picked, top = p.gather(1, targets[part, None]), p.amax(1, keepdim=True)
-                torch.softmax(p, 1, out=p)
-                # the likeliest word's probability is at least 1 / V, and so gives log-sum-exp in full precision
-                losses[part] = (top - p.amax(1, keepdim=True).log() - picked).squeeze(1)
-                if gradients:  # of the logits: the softmax, less one at the target
-                    p.scatter_add_(1, targets[part, None], p.new_full((len(p), 1), -1))
-                    grad_bias += p.sum(0)
-                    if low is not p:
-                        low.copy_(p)
             if gradients:
                 grad_x[start : start + rows] = chunk[:, :words] @ low_weight[:words]
                 for i in range(words, padded, words):
