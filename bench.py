@@ -6,6 +6,8 @@
 Takes train.py's own steps, on random tokens, so that no data set is needed.
 """
 
+from lab.console import run
+
 import argparse
 import os
 import resource
@@ -16,7 +18,7 @@ import time
 import numpy as np
 import torch
 
-from config import load_config, run
+from config import load_config
 from machine import open_machine
 from prepare import progress
 from train import Batches, new_model, prepare_training, take_step

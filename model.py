@@ -3,6 +3,8 @@
 Shapes: B sequences, T tokens, D = d_model, H heads, V = vocab_size; N = B * T rows. Parameters are float32.
 """
 
+from lab.console import ROOT, UserError, command
+
 import functools
 import math
 import zipfile
@@ -10,8 +12,6 @@ import zipfile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from config import UserError
 
 
 def causal_attention(q, k, v):
@@ -285,12 +285,12 @@ class LanguageModel(nn.Module):
         weights = a["vocab_size"] * a["d_model"] + a["num_layers"] * (4 * a["d_model"] + 2 * a["d_ff"]) * a["d_model"]
         return 6 * weights + 6 * a["num_layers"] * a["max_seq_len"] * a["d_model"]
 
-    def memory_bytes(self, rows, dtype):
-        """Bytes, roughly, that training takes with `rows` sequences a forward pass, matmuls in dtype."""
+    def memory_bytes(self, rows, dtype, device_type):
+        """Bytes, roughly, that training takes on a device with `rows` sequences a forward pass, matmuls in dtype."""
         a, size = self.args, 4 if dtype == torch.float32 else 2
         block = (10 * a["d_model"] + 3 * a["d_ff"]) * size + 10 * a["d_model"]  # kept for backward, a token
         tokens, V = rows * a["max_seq_len"], a["vocab_size"]
-        logits, softmax = head_rows(self.head_bias.device.type, V, tokens)
+        logits, softmax = head_rows(device_type, V, tokens)
         activations = tokens * (a["num_layers"] * block + 24 * a["d_model"])
         return 20 * self.count()["total"] + activations + logits * V * size + softmax * V * 4
 
@@ -410,13 +410,14 @@ def load_checkpoint(path, needed=()):
         with zipfile.ZipFile(path) as archive:
             checkpoint = archive.testzip() is None and torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}; `python train.py config/demo.py` makes one") from None
+        mend = command("train.py", ROOT / "config/demo.py")
+        raise UserError(f"there is no checkpoint {path}; `{mend}` makes one") from None
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception:
         checkpoint = None  # torn, empty, or another program's: there are as many exceptions as ways to be so
     if not isinstance(checkpoint, dict) or not {"model", "model_args", "step", *needed} <= checkpoint.keys():
-        raise UserError(f"{path} is not a whole checkpoint of this program; remove it, or name another")
+        raise UserError(f"{path} is not a whole checkpoint of this version of the program; name another")
     return checkpoint
 
 

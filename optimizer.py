@@ -5,17 +5,22 @@ import math
 import torch
 
 
+def warmup_of(config, total_steps):
+    """Steps of warm-up of a run of so many: as configured, else 200 or a tenth of the run if that is less."""
+    return min(200, total_steps // 10) if config.warmup_steps is None else config.warmup_steps
+
+
 def lr_at(step, config, total_steps):
     """The learning rate of a step, counted from 0: linear warm-up, then constant, or a cosine to min_learning_rate over
     the whole run, or a trapezoid: constant, and a straight line there over the last 40 % of the steps."""
-    top, low = config.learning_rate, config.min_learning_rate
-    if step < config.warmup_steps:
-        return top * (step + 1) / config.warmup_steps
+    top, low, warmup = config.learning_rate, config.min_learning_rate, warmup_of(config, total_steps)
+    if step < warmup:
+        return top * (step + 1) / warmup
     if config.lr_schedule == "constant":
         return top
     if config.lr_schedule == "trapezoid":
         return low + (top - low) * min(1, (total_steps - step) / (0.4 * total_steps))
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    done = (step - warmup) / max(1, total_steps - warmup)
     return low + 0.5 * (1 + math.cos(math.pi * min(1, done))) * (top - low)
 
 

@@ -6,6 +6,8 @@
 writes data/NAME/{train,val,test}.bin, raw little-endian uint16 as nanoGPT's, and meta.json with what they hold.
 """
 
+from lab.console import UserError, command, first_line, run
+
 import argparse
 import errno
 import hashlib
@@ -26,8 +28,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, first_line, run
 from data import HUB_CONFIGS, VOCAB_SIZE, load_meta, load_tokenizer, load_tokens
+from lab.files import Lock
 
 SPLITS = ("train", "val", "test")
 HUB = "Salesforce/wikitext"
@@ -204,7 +206,7 @@ def hub_splits(dataset):
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(
             f"cannot get {HUB} from {host} ({first_line(error)}); with the text on disk, run "
-            f"`python prepare.py {dataset} --source FOLDER` (wiki.train.raw, wiki.valid.raw, wiki.test.raw)"
+            f"`{command('prepare.py', dataset)} --source FOLDER` (wiki.train.raw, wiki.valid.raw, wiki.test.raw)"
         ) from None
 
     def blocks(split):
@@ -299,6 +301,20 @@ def fingerprint(path, val_fraction):
     return digest.hexdigest()
 
 
+def move_in(part, folder):
+    """Put the data set that lies whole in `part`, on the same file system, in the place of the one in
+    `folder`. What else lies there is the user's. Stopped midway, the sums in meta.json tell."""
+    if not folder.exists():
+        os.rename(part, folder)
+        return
+    for split in SPLITS:
+        if (part / f"{split}.bin").exists():
+            os.replace(part / f"{split}.bin", folder / f"{split}.bin")
+        else:
+            (folder / f"{split}.bin").unlink(missing_ok=True)
+    os.replace(part / "meta.json", folder / "meta.json")
+
+
 def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0, val_fraction=0.05, force=False):
     """Write a data set's token files and meta.json into data_dir/dataset, whole or not at all.
 
@@ -307,22 +323,25 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
     """
     if dataset not in (*HUB_CONFIGS, "demo") and not source:
         raise UserError(f"unknown data set {dataset}; there are {', '.join(HUB_CONFIGS)} and demo, or your own text: "
-                        f"`python prepare.py {dataset} --source PATH`")
-    if dataset in ("", ".", "..") or re.search(r"[/\\]", dataset):
+                        f"`{command('prepare.py', dataset)} --source PATH`")
+    if dataset in ("", ".", "..") or "/" in dataset:
         raise UserError(f"{dataset!r} cannot name a folder under {data_dir}/; take a plain word")
     if not 0 < val_fraction < 1 or num_workers < 0:
         raise UserError("--val_fraction must be between 0 and 1, and --num_workers 0 or more")
     separator = separator or ("newline" if dataset == "demo" else "none")
-    folder, part = Path(data_dir, dataset), Path(data_dir, f".{dataset}.partial")
-    path = Path(source) if source else None
+    folder, path = Path(data_dir, dataset), Path(source) if source else None
+    real = folder.resolve()  # what a link stands for; the new files are written where they will stay
+    part = real / ".partial" if real.is_dir() else real.parent / f".{real.name}.partial"
     if path and not path.exists():
         raise UserError(f"there is nothing at {path}; --source takes a folder, a zip or a text file")
     if path and dataset in HUB_CONFIGS and (path / HUB_CONFIGS[dataset]).is_dir():  # a clone of the hub's repository
         path = path / HUB_CONFIGS[dataset]
     workers = num_workers or cpu_cores()
     pool = ThreadPoolExecutor(workers)  # tiktoken lets go of the interpreter's lock
-    started = time.time()
+    started, lock = time.time(), Lock()
     try:
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        lock.take(Path(data_dir, f".{dataset}.lock"), folder, "wait for it, or choose another name or --data_dir")
         if path:
             origin = {"name": str(path), "sha256": fingerprint(path, val_fraction)}
         elif dataset in HUB_CONFIGS:
@@ -340,8 +359,9 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
                                 "puts this one elsewhere")
             print(f"{folder} is already prepared: {was}")
             return meta
-        if not force and any((folder / f"{split}.bin").exists() for split in SPLITS):
-            raise UserError(f"{folder} holds token files without a meta.json; --force replaces them")
+        if not (folder / "meta.json").exists() and any((folder / f"{split}.bin").exists() for split in SPLITS):
+            raise UserError(f"{folder} holds token files without a meta.json, another program's, such as nanoGPT's; "
+                            "choose another name or --data_dir")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         encoding = load_tokenizer()
@@ -356,21 +376,16 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
                 raise UserError(f"the {split} split of {origin['name']} holds no text; give a --source that does")
             meta["splits"][split] = counts
         (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():  # what else lies there is the user's; without meta.json it counts as not prepared
-            (folder / "meta.json").unlink(missing_ok=True)
-            for split in SPLITS:
-                (folder / f"{split}.bin").unlink(missing_ok=True)
-            for name in (*(f"{split}.bin" for split in splits), "meta.json"):
-                os.replace(part / name, folder / name)
-        else:
-            os.rename(part, folder)
+        move_in(part, real)
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: encrypted
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         mend = "free some space and run it again" if full else "mend that and run it again"
         raise UserError(f"cannot prepare {dataset}: {first_line(error)}; nothing was kept; {mend}") from None
     finally:
         pool.shutdown(cancel_futures=True)
-        shutil.rmtree(part, ignore_errors=True)
+        if lock.owned:  # or it is another process's
+            shutil.rmtree(part, ignore_errors=True)
+        lock.release()
     for split, counts in meta["splits"].items():
         print(f"{split:5} {counts['tokens']:>13,} tokens {counts['words']:>13,} words {counts['bytes']:>13,} bytes")
     mb = sum(counts["bytes"] for counts in meta["splits"].values()) / 1e6
@@ -381,14 +396,18 @@ def prepare(dataset, source=None, separator=None, data_dir="data", num_workers=0
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Turn text into token files under data/.", allow_abbrev=False)
     parser.add_argument("dataset", metavar="NAME", help="wikitext-103, wikitext-2, demo, or a name for your own text")
-    parser.add_argument("--source", help="text on disk: a folder of splits, the zip of one, or one text file")
+    parser.add_argument("--source", type=os.path.expanduser,
+                        help="text on disk: a folder of splits, the zip of one, or one text file")
     parser.add_argument("--separator", choices=("none", "newline"), help="between rows (default none; demo: newline)")
-    parser.add_argument("--data_dir", default="data", help="where data sets lie (default data)")
+    parser.add_argument("--data_dir", type=os.path.expanduser, default="data",
+                        help="where data sets lie (default data)")
     parser.add_argument("--num_workers", type=int, default=0, help="threads that encode (default: one a core)")
     parser.add_argument("--val_fraction", type=float, default=0.05, help="of one text file, its end (default 0.05)")
     parser.add_argument("--force", action="store_true", help="replace what is prepared")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     prepare(**vars(args))
 
 

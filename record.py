@@ -5,6 +5,8 @@ out/<name>/last.pt holds all that a restart needs, prev.pt is the one before, be
 They hold tensors, dicts, lists, strings and numbers only: loading one executes nothing.
 """
 
+from lab.console import UserError, python, warn
+
 import dataclasses
 import errno
 import json
@@ -12,16 +14,15 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 
 import torch
 
-from config import UserError
 from data import load_tokenizer
 from model import load_checkpoint
-from report import read_json, read_metrics, write_entry, write_text
+from optimizer import warmup_of
+from report import perplexity, read_json, read_metrics, write_entry, write_text
 from sample import generate
 
 SAMPLE_TOKENS = 60  # of each prompt's continuation
@@ -129,34 +130,56 @@ def keep_metrics(path, state):
         write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
 
 
-def find_run(config, data, machine, again):
+def differences(config, checkpoint, data):
+    """What makes a checkpoint another experiment than this config and these token files, as a phrase; "" if nothing."""
+    old, new = checkpoint["config"], settings_of(config)
+    changed = [f"{k} was {old[k]!r}, now {new[k]!r}" for k in sorted(old)
+               if k not in FREE and k in new and old[k] != new[k]]
+    changed += [f"its {split} split was another (SHA-256)" for split in data
+                if data[split] != checkpoint["data"][split]]
+    return "; ".join(changed)
+
+
+def refuse_taken(config, data, again):
+    """Raise UserError if out_dir holds a run, with what goes on from there: the run itself, or another folder."""
+    out, names = config.out_dir, ("last.pt", "prev.pt", "best.pt", "metrics.jsonl")
+    if not any(os.path.exists(f"{out}/{name}") for name in names):
+        return
+    try:
+        changed = differences(config, load_checkpoint(f"{out}/last.pt", NEEDED_TO_RESUME), data)
+    except UserError:
+        changed = ""  # --resume says what is damaged
+    if changed:
+        raise UserError(f"{out} holds another experiment: {changed}; choose another --out_dir for this one")
+    raise UserError(f"{out} holds a run already; `{again}` continues it, --out_dir DIR makes another")
+
+
+def find_run(config, data, machine, lock, again):
     """(checkpoint, whether its last figures are written): what this run goes on from, (None, False) for a new run.
+    From here on this process owns out_dir.
 
     data: {split: SHA-256}. Raises UserError.
     """
     out, restarted = config.out_dir, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    names = ("last.pt", "prev.pt", "best.pt", "metrics.jsonl")
-    if not (config.resume or restarted) and any(os.path.exists(f"{out}/{name}") for name in names):
-        raise UserError(f"{out} holds a run already; `{again}` continues it, --out_dir DIR makes another")
-    checkpoint, path, warning = load_newest(out)
-    if warning:
-        machine.say(f"warning: {warning}", file=sys.stderr)
-    if checkpoint:
-        old, new = checkpoint["config"], dataclasses.asdict(config)
-        changed = [k for k in sorted(old) if k not in FREE and k in new and old[k] != new[k]]
-        if changed := [f"{k} was {old[k]!r}, now {new[k]!r}" for k in changed]:
-            raise UserError(f"{path} is of another experiment: {'; '.join(changed)}; undo it or change --out_dir")
-        if changed := [split for split in data if data[split] != checkpoint["data"][split]]:
-            raise UserError(f"{path} was trained on other data than {config.data_dir}/{config.dataset}: another "
-                            f"SHA-256 of {' and '.join(changed)}; bring the old files back or change --out_dir")
-        machine.say(f"going on from {path}, step {checkpoint['step']:,}")
-    elif config.resume or restarted:
-        machine.say(f"no checkpoint in {out} yet; beginning at step 0")
+    mend = "wait for it, or choose another --out_dir"
     try:
         os.makedirs(out, exist_ok=True)
+        # after a restart the dead rank may still be on its way out
+        lock.take(f"{out}/.lock", out, mend, seconds=10 if restarted else 0)
+        if not (config.resume or restarted):
+            refuse_taken(config, data, again)
+        checkpoint, path, warning = load_newest(out)
+        if warning:
+            warn(warning)
+        if checkpoint and (changed := differences(config, checkpoint, data)):
+            raise UserError(f"{path} is of another experiment: {changed}; bring that back, or choose another --out_dir")
         keep_metrics(f"{out}/metrics.jsonl", State(**checkpoint["state"]) if checkpoint else State())
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}; mend that, or use another --out_dir") from None
+    if checkpoint:
+        machine.say(f"going on from {path}, step {checkpoint['step']:,}")
+    elif config.resume or restarted:
+        machine.say(f"no checkpoint in {out} yet; beginning at step 0")
     return checkpoint, os.path.exists(f"{out}/final.json")
 
 
@@ -167,6 +190,11 @@ def commit():
         return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def settings_of(config):
+    """The config as a dict of what JSON and a checkpoint can hold."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 
 class Record:
@@ -191,7 +219,8 @@ class Record:
         """Write run.json: what the run is."""
         path, model, meta = f"{self.config.out_dir}/run.json", self.training.model, self.meta
         about = dict(
-            name=self.config.name, doc=self.config.doc, config=self.settings(), steps=total_steps,
+            name=self.config.name, doc=self.config.doc, steps=total_steps,
+            config=settings_of(self.config) | {"warmup_steps": warmup_of(self.config, total_steps)},
             step_tokens=self.config.batch_size * self.config.max_seq_len,
             began=read_json(path).get("began") or time.strftime("%Y-%m-%d %H:%M"), commit=commit(),
             machine=f"{self.machine}, {self.machine.device_name()}",
@@ -222,8 +251,7 @@ class Record:
         try:
             function()
         except OSError as error:
-            self.machine.say(f"warning: cannot write {what} ({error.strerror}); the run goes on, {self.last_is()}",
-                             file=sys.stderr)
+            warn(f"cannot write {what} ({error.strerror}); the run goes on, {self.last_is()}")
             return False
         return True
 
@@ -267,11 +295,7 @@ class Record:
         """A checkpoint: tensors, dicts, lists, strings and numbers only."""
         model = self.training.model
         return dict(model=model.state_dict(), model_args=model.args, tokenizer=self.meta["tokenizer"],
-                    step=self.state.step, config=self.settings(), **more)
-
-    def settings(self):
-        """The config as a dict of what JSON and a checkpoint can hold."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.config).items()}
+                    step=self.state.step, config=settings_of(self.config), **more)
 
     def save(self):
         """Write last.pt, unless it holds this very state; what it held becomes prev.pt."""
@@ -299,7 +323,7 @@ class Record:
             state.best = dict(step=state.step, **figures)
         self.log(train_loss=train_loss, **figures, best=better, **self.samples() if better else {})
         self.machine.say(f"epoch {self.epoch_at(state.step):.4g} | step {state.step:,} | train loss {train_loss:.4f} | "
-                         f"val loss {figures['val_loss']:.4f} | val perplexity {figures['val_ppl']:.2f}"
+                         f"val loss {figures['val_loss']:.4f} | val perplexity {perplexity(figures['val_ppl'])}"
                          + (f" | best so far, saved to {self.best}" if written else ""))
         self.write("notebook.md", lambda: write_entry(self.config.out_dir))
 
@@ -312,7 +336,7 @@ class Record:
         try:
             encoding = load_tokenizer()
         except UserError as error:  # data prepared elsewhere, and no way to tiktoken's files here
-            self.machine.say(f"warning: no samples for the notebook: {error}", file=sys.stderr)
+            warn(f"no samples for the notebook: {error}")
             return {}
         ids = [encoding.encode_ordinary(prompt) or encoding.encode_ordinary("\n") for prompt in prompts]
         model.eval()
@@ -328,6 +352,6 @@ def board(config):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("warning: there is no tensorboard here (`pip install tensorboard`); going on without", file=sys.stderr)
+        warn(f"there is no tensorboard here (`{python()} -m pip install tensorboard`); going on without")
         return None
     return SummaryWriter(config.out_dir)

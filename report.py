@@ -4,6 +4,8 @@ is), metrics.jsonl (how it went) and final.json (its last figures). Needs no tor
     python report.py [out/NAME ...] [--format md|csv|json]
 """
 
+from lab.console import ROOT, UserError, command, run
+
 import argparse
 import csv
 import itertools
@@ -12,11 +14,10 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
-
-from config import UserError, run
 
 # --- a run's entry --------------------------------------------------------------------------------------------------
 
@@ -47,9 +48,14 @@ def read_metrics(path):
 
 def write_text(path, text):
     """Write a small file whole or not at all."""
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
+    with open(f"{path}.part", "w", encoding="utf-8", errors="replace") as file:
         file.write(text)
     os.replace(f"{path}.part", path)
+
+
+def name_of(folder):
+    """A run's name, its folder's; what is no text in it becomes "?"."""
+    return os.path.basename(os.path.abspath(folder)).encode(errors="replace").decode()
 
 
 def read_run(folder):
@@ -65,7 +71,19 @@ def table(head, rows):
     """A Markdown table, numbers to the right."""
     numbers = [all(not str(row[i]).strip("-+,.0123456789e%:") for row in rows) for i in range(len(head))]
     lines = [head, ["---:" if number else "---" for number in numbers], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    cells = ([" ".join(str(cell).splitlines()).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def rounded(value, digits):
+    """A large number to so many digits: 6.6e10."""
+    mantissa, power = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(power)}"
+
+
+def perplexity(value):
+    """A perplexity for people: 46.33, and from a million on 6.6e10."""
+    return f"{value:,.2f}" if value < 1e6 else rounded(value, 2)
 
 
 def verdict(expected, ppl):
@@ -122,20 +140,22 @@ def results(about, lines, evaluations, final):
         return [f"Not evaluated yet; step {lines[-1]['step']:,} of {about['steps']:,}." if lines else "Not begun."]
     rows, before = [], None
     for line in evaluations:
-        gain = "-" if before is None else f"{line['val_ppl'] - before:+,.2f}"
+        change = 0 if before is None else line["val_ppl"] - before
+        gain = "-" if before is None else ("-" if change < 0 else "+") + perplexity(abs(change))
         rows.append([f"{line['epoch']:.2f}", f"{line['step']:,}", f"{line['train_loss'] or math.nan:.4f}",
-                     f"{line['val_loss']:.4f}", f"{line['val_ppl']:,.2f}", gain])
+                     f"{line['val_loss']:.4f}", perplexity(line["val_ppl"]), gain])
         before = line["val_ppl"]
     best = min(evaluations, key=lambda line: line["val_loss"])
     last = max(lines + evaluations, key=lambda line: line["step"])
     speeds = sorted(line["tokens_per_s"] for line in lines)
     paragraphs = [
         table(["epoch", "step", "train loss", "val loss", "val perplexity", "change"], rows), "![loss](curve.png)",
-        f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, perplexity {best['val_ppl']:,.2f} a "
-        f"token, {best['val_ppl_word']:,.2f} a word, {best['val_bits_per_byte']:.4f} bits a byte.**",
+        f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, perplexity "
+        f"{perplexity(best['val_ppl'])} a token, {perplexity(best['val_ppl_word'])} a word, "
+        f"{best['val_bits_per_byte']:.4f} bits a byte.**",
     ]
     if final:
-        figures = [[split, *(f"{v:,.4f}" if isinstance(v, float) else v for v in values.values())]
+        figures = [[split, *map(show, values.values())]
                    for split, values in final.items()]
         paragraphs.append(table(["at the best", *final["val"]], figures))
     if c["expected_ppl"]:
@@ -158,6 +178,8 @@ def figure(columns):
     """(a matplotlib figure for files, its axes in a row)."""
     from matplotlib.figure import Figure
 
+    # the font has no CJK: what a name in it looks like is not worth a warning
+    warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
     picture = Figure(figsize=(6 if columns == 1 else 4.4 * columns, 3.8), layout="constrained")
     return picture, picture.subplots(1, columns, squeeze=False)[0]
 
@@ -175,8 +197,8 @@ def write_entry(folder):
     if recorded := about["config"]["recorded_ppl"]:
         label = f"the notebook's {recorded:g}"
         axes.axhline(math.log(recorded), linestyle="--", color="gray", linewidth=1, label=label)
-    name = os.path.basename(os.path.abspath(folder))
-    axes.set(xlabel="training tokens seen", ylabel="loss, nats a token", title=name)
+    axes.set(xlabel="training tokens seen", ylabel="loss, nats a token")
+    axes.set_title(name_of(folder), parse_math=False)
     axes.legend()
     picture.savefig(f"{folder}/.curve.png")
     os.replace(f"{folder}/.curve.png", f"{folder}/curve.png")
@@ -195,29 +217,33 @@ RECORDED = [
 ]
 
 
-def rows_of(folders):
-    """A dict a run, and one a recorded result, sorted by validation loss, those without one last."""
-    rows = []
+def rows_of(folders, recorded=True):
+    """(a dict a run and, if `recorded`, one a result of the notebook's, sorted by validation loss,
+    those without one last; the folders left out, each with the reason)."""
+    rows, left_out = [], []
     for folder in folders:
-        if not (found := read_run(folder)) or not found[2]:
+        found = read_run(folder)
+        if not found or not found[2]:
+            why = "no evaluation yet" if found else "no run of this program"
+            left_out.append(f"{name_of(folder)} ({why})")
             continue
         about, lines, evaluations, final = found
         best = min(evaluations, key=lambda line: line["val_loss"])
         N, data, speeds = about["parameters"]["total"], about["data"], sorted(line["tokens_per_s"] for line in lines)
         rows.append(dict(
-            run=os.path.basename(os.path.normpath(folder)), state="finished" if final else "not finished", parameters=N,
+            run=name_of(folder), state="finished" if final else "not finished", parameters=N,
             tokens=best["tokens"], tokens_per_parameter=best["tokens"] / N,
             flops=best["tokens"] * about["flops_per_token"],
             val_loss=best["val_loss"], val_ppl=best["val_ppl"], val_ppl_word=best["val_ppl_word"],
             val_bits_per_byte=best["val_bits_per_byte"], hours=max(x["elapsed_s"] for x in lines + evaluations) / 3600,
             tokens_per_s=speeds[len(speeds) // 2] if speeds else None, split=data["splits"]["val"]["sha256"],
         ))
-    for name, N, D, flops, loss, ppl in RECORDED:
+    for name, N, D, flops, loss, ppl in RECORDED if recorded else ():
         rows.append(dict(run=name, state="recorded" if loss else "not recorded", parameters=N, tokens=D or None,
                          tokens_per_parameter=D / N if D else None, flops=D * flops or None, val_loss=loss,
                          val_ppl=ppl, val_ppl_word=None, val_bits_per_byte=None,
                          hours=None, tokens_per_s=None, split=None))
-    return sorted(rows, key=lambda row: row["val_loss"] or math.inf)
+    return sorted(rows, key=lambda row: row["val_loss"] or math.inf), left_out
 
 
 def fit(rows):
@@ -271,7 +297,7 @@ def draw(rows, path):
                 old = row["state"] == "recorded"
                 ax.plot(row[key], row["val_loss"], "x" if old else "o", color="gray" if old else "C0")
                 ax.annotate(row["run"], (row[key], row["val_loss"]), fontsize=7, xytext=(4, 3),
-                            textcoords="offset points")
+                            textcoords="offset points", parse_math=False)
         ax.set(xscale="log", xlabel=label, ylabel="validation loss, nats a token")
         ax.margins(x=0.4)
     axes[0].set_title("o: runs here, x: the notebook's records", fontsize=9)
@@ -285,20 +311,30 @@ def show(value):
     if isinstance(value, str):
         return value
     if value >= 1e10:  # FLOPs; no count of tokens or parameters is that large
-        return f"{value:.3g}"
+        return rounded(value, 3)
+    if isinstance(value, float) and value >= 1e6:
+        return rounded(value, 2)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if value < 20 else f"{value:,.2f}"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="All runs side by side, and a picture of them.", allow_abbrev=False)
-    parser.add_argument("folders", nargs="*", metavar="out/NAME", help="runs' folders (default: all under out/)")
+    parser.add_argument("folders", nargs="*", type=os.path.expanduser, metavar="out/NAME",
+                        help="runs' folders (default: all under out/)")
     parser.add_argument("--format", choices=("md", "csv", "json"), default="md", help="of the table (default md)")
-    parser.add_argument("--picture", default="out/report.png", help="where the picture goes (default out/report.png)")
+    parser.add_argument("--recorded", choices=("yes", "no"), default="yes",
+                        help="the notebook's five rows (default yes)")
+    parser.add_argument("--picture", type=os.path.expanduser, default="out/report.png",
+                        help="where the picture goes (default out/report.png)")
     args = parser.parse_args(argv)
-    folders = args.folders or sorted(map(str, Path("out").glob("*/")))
+    folders = args.folders or sorted(str(path) for path in Path("out").glob("*") if path.is_dir())
     if missing := [folder for folder in args.folders if not os.path.isdir(folder)]:
         raise UserError(f"there is no folder {', '.join(missing)}; name runs' folders, or none for all under out/")
-    rows = rows_of(folders)
+    rows, left_out = rows_of(folders, args.recorded == "yes")
+    if left_out:
+        print(f"left out: {', '.join(left_out)}", file=sys.stderr)
+    if not rows:
+        raise UserError(f"no run to show; train one first: `{command('train.py', ROOT / 'config/demo.py')}`")
     columns = [key for key in rows[0] if key != "split"]
     if args.format == "md":
         print(table(columns, [[show(row[key]) for key in columns] for row in rows]))
@@ -318,4 +354,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, strict=True)

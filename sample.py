@@ -6,21 +6,21 @@ takes the best checkpoint of the run trained last under out/, unless --out_dir o
 to stdout, what is said about it to stderr.
 """
 
+from lab.console import BEGAN, ROOT, UserError, command, run
+
+import argparse
+import codecs
+import json
+import os
+import sys
 import time
+from pathlib import Path
 
-BEGAN = time.perf_counter()  # before the imports, which take most of the time to the first token
+import torch
 
-import argparse  # noqa: E402
-import codecs  # noqa: E402
-import json  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import torch  # noqa: E402
-
-from config import UserError, run  # noqa: E402
-from data import load_tokenizer  # noqa: E402
-from model import Cache, load_model  # noqa: E402
+from data import load_tokenizer
+from model import Cache, load_model
+from report import perplexity
 
 
 def find_checkpoint(out_dir=None):
@@ -31,7 +31,8 @@ def find_checkpoint(out_dir=None):
     folders = [Path(out_dir)] if out_dir else list(Path("out").glob("*"))
     found = [path for folder in folders for path in (folder / "best.pt", folder / "last.pt") if path.is_file()]
     if not found:
-        raise UserError(f"no checkpoint in {out_dir or 'out/*'}; train one first: `python train.py config/demo.py`")
+        raise UserError(f"no checkpoint in {out_dir or 'out/*'}; train one first: "
+                        f"`{command('train.py', ROOT / 'config/demo.py')}`")
     folder = max(found, key=lambda path: path.stat().st_mtime_ns).parent
     return next(path for path in found if path.parent == folder)
 
@@ -48,7 +49,9 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     if k < logits.shape[-1] or top_p < 1:
         logits, ids = logits.topk(k)  # in falling order
         ids = ids.cpu()
-    p = torch.softmax(logits.cpu().double() / temperature, -1)
+    logits = logits.cpu().double()
+    # the largest is 0, so that no temperature above 0 is too low
+    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
     if top_p < 1:
         p[p.cumsum(-1) - p >= top_p] = 0  # the likelier ones alone reach top_p
     reached = p.cumsum(-1)
@@ -161,9 +164,10 @@ def say(model, encoding, prompts, args):
 
 
 def read_text(path):
-    """A file's text. Raises UserError."""
+    """A file's text, lines ended by "\\n". Raises UserError."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open(os.path.expanduser(path), encoding="utf-8-sig", newline="") as file:
+            return file.read().replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
 
@@ -173,8 +177,9 @@ def main(argv=None):
     parser.add_argument("--start", default="\n", help="what the text begins with, or FILE:path to read it from")
     parser.add_argument("--prompts", metavar="FILE", help="a file with a prompt a line, continued as one batch")
     parser.add_argument("--interactive", action="store_true", help="read a prompt a line from standard input")
-    parser.add_argument("--out_dir", help="the run's folder (default: the run under out/ that was trained last)")
-    parser.add_argument("--checkpoint", help="a checkpoint file, instead of a run's best")
+    parser.add_argument("--out_dir", type=os.path.expanduser,
+                        help="the run's folder (default: the run under out/ that was trained last)")
+    parser.add_argument("--checkpoint", type=os.path.expanduser, help="a checkpoint file, instead of a run's best")
     parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt, as one batch (default 1)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add to each (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
@@ -205,14 +210,14 @@ def main(argv=None):
             raise UserError(phrase)
     prompts = [read_text(args.start[5:]) if args.start.startswith("FILE:") else args.start]
     if args.prompts:
-        prompts = [line for line in read_text(args.prompts).splitlines() if line.strip()]
+        prompts = [line for line in read_text(args.prompts).split("\n") if line.strip()]
         if not prompts:
             raise UserError(f"{args.prompts} holds no prompt; write one a line")
 
     path = args.checkpoint or find_checkpoint(args.out_dir)
     model, checkpoint = load_model(path)
     figures = checkpoint.get("metrics")
-    about = f", validation perplexity {figures['val_ppl']:.2f}" if figures else ", not evaluated yet"
+    about = f", validation perplexity {perplexity(figures['val_ppl'])}" if figures else ", not evaluated yet"
     print(f"{path}: step {checkpoint['step']:,}{about}", file=sys.stderr)
     model.to(args.device)
     if args.device == "cpu" and args.num_samples * len(prompts) == 1:
@@ -225,8 +230,8 @@ def main(argv=None):
         line = sys.stdin.readline()
         if not line:  # Ctrl-D
             return print(file=sys.stderr)
-        say(model, encoding, [line.rstrip("\n")], args)
+        say(model, encoding, [line.rstrip("\r\n")], args)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, strict=True)

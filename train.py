@@ -8,11 +8,11 @@ A run is a pure function of its config: batch i follows from (seed, i), the lear
 else, and a resumed run is the same run.
 """
 
+from lab.console import UserError, command, run, stop_signals
+
 import contextlib
 import dataclasses
 import math
-import shlex
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -21,14 +21,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from config import UserError, load_config, run
+from config import load_config
 from data import Batches, load_meta, load_tokens, log_frequencies
+from lab.files import Lock
 from machine import compile_blocks, micro_batch_size, open_machine
 from model import LanguageModel, load_checkpoint, load_model
-from optimizer import lr_at, make_optimizers
+from optimizer import lr_at, make_optimizers, warmup_of
 from prepare import progress
 from record import Record, State, find_run, mean
-from report import verdict
+from report import perplexity, verdict
 
 
 def plan(config, meta, batches, total_steps, model, micro, machine):
@@ -46,8 +47,8 @@ def plan(config, meta, batches, total_steps, model, micro, machine):
         "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = {step_tokens:,} tokens, "
         f"{batches.windows / config.batch_size:,.1f} an epoch, in forward passes of {micro} sequences a rank",
         "compute": f"{flops:,} FLOPs a token, {flops * step_tokens:.3g} a step, {flops * run_tokens:.3g} in the run",
-        "memory": f"about {model.memory_bytes(micro, machine.dtype) / 1e9:.1f} GB a rank, beside Python and torch "
-        "themselves",
+        "memory": f"about {model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9:,.1f} GB a rank, "
+        "beside Python and torch themselves",
     }
     return "\n".join(f"{name:10}  {line}" for name, line in lines.items())
 
@@ -63,23 +64,10 @@ def why_over(state, config, total_steps):
     return ""
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """A list that is empty until SIGINT or SIGTERM comes; the loop looks at a step's end. Puts the old handlers back
-    when left."""
-    seen = []
-    old = {n: signal.signal(n, lambda number, frame: seen.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def resume_command(argv, machine):
     """The command that goes on with this run."""
-    start = f"torchrun --nproc_per_node={machine.local_world}" if machine.world > 1 else "python"
-    return f"{start} train.py {shlex.join([*(word for word in argv if word != '--resume'), '--resume'])}"
+    words = [word for word in argv if word != "--resume"]
+    return command("train.py", *words, "--resume", processes=machine.local_world if machine.world > 1 else 1)
 
 
 @dataclass
@@ -213,8 +201,8 @@ def describe(split, figures, separator):
     """Figures as the two lines that a user reads, with what they are counted over."""
     error = f" ± {figures['stderr']:.4f}" if figures["stderr"] is not None else ""
     return (
-        f"{split:11} loss {figures['loss']:.4f}{error} a token, perplexity {figures['ppl']:,.2f} a token, "
-        f"{figures['ppl_word']:,.2f} a word, {figures['bits_per_byte']:.4f} bits a byte\n{'':11} over "
+        f"{split:11} loss {figures['loss']:.4f}{error} a token, perplexity {perplexity(figures['ppl'])} a token, "
+        f"{perplexity(figures['ppl_word'])} a word, {figures['bits_per_byte']:.4f} bits a byte\n{'':11} over "
         f"{figures['tokens']:,} tokens, {figures['words']:,} words, {figures['bytes']:,} bytes; context "
         f"{figures['context']}, stride {figures['stride']}, separator {separator}"
     )
@@ -226,8 +214,8 @@ def main(argv=None):
     with open_machine(config) as machine:
         if config.eval_only:
             return eval_only(config, machine)
-        with stop_signals() as stop:
-            return train(config, machine, stop, resume_command(argv, machine))
+        with stop_signals(quiet=machine.rank > 0) as stop, Lock() as lock:
+            return train(config, machine, stop, lock, resume_command(argv, machine))
 
 
 def eval_only(config, machine):
@@ -250,7 +238,23 @@ def eval_only(config, machine):
     return 0
 
 
-def train(config, machine, stop, again):
+def build_model(config, machine, planned, tokens):
+    """The model to train, on its device. planned: it without memory. Raises UserError if it does not fit there."""
+    kind, there = machine.device.type, machine.memory()
+    wanted = planned.memory_bytes(1, machine.dtype, kind)
+    try:
+        if wanted > there:
+            raise MemoryError
+        return new_model(config, planned.args["vocab_size"], tokens).to(machine.device)
+    except (MemoryError, RuntimeError) as error:
+        memory = ("out of memory", "allocate memory", "alloc_cpu")  # what torch's allocators say
+        if not isinstance(error, MemoryError) and not any(said in str(error) for said in memory):
+            raise
+        raise UserError(f"to train this model takes about {wanted / 1e9:,.1f} GB, and {kind} has {there / 1e9:,.1f} "
+                        "GB a rank; use a smaller --d_model, --d_ff or --num_layers") from None
+
+
+def train(config, machine, stop, lock, again):
     """Run config to its end or to a signal, and return the process's exit code. again: the command that resumes.
 
     Raises UserError before the first step for whatever the user must mend.
@@ -264,7 +268,7 @@ def train(config, machine, stop, again):
     batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
     total_steps = batches.epoch_end(config.epochs)
     total_steps = min(total_steps, config.max_steps) if config.max_steps else total_steps
-    if config.warmup_steps >= total_steps:
+    if warmup_of(config, total_steps) >= total_steps:
         raise UserError(f"warmup_steps {config.warmup_steps} leaves nothing of the run's {total_steps} steps; "
                         f"use --warmup_steps {total_steps // 10}")
     data = {split: meta["splits"][split]["sha256"] for split in ("train", "val")}
@@ -272,12 +276,14 @@ def train(config, machine, stop, again):
         k: v for k, v in dataclasses.asdict(config).items() if k not in ("data_dir", "out_dir", "device", "dtype")
     })
 
-    model = new_model(config, meta["vocab_size"], tokens).to(machine.device)
-    micro = micro_batch_size(config, model, machine)
-    machine.say(plan(config, meta, batches, total_steps, model, micro, machine))
+    with torch.device("meta"):
+        planned = new_model(config, meta["vocab_size"])
+    micro = micro_batch_size(config, planned, machine)
+    machine.say(plan(config, meta, batches, total_steps, planned, micro, machine))
     if config.dry_run:
         return 0
-    checkpoint, finished = machine.from_rank_0(lambda: find_run(config, data, machine, again))
+    model = build_model(config, machine, planned, tokens)
+    checkpoint, finished = machine.from_rank_0(lambda: find_run(config, data, machine, lock, again))
     state = State(**checkpoint["state"]) if checkpoint else State()
     over = why_over(state, config, total_steps)
     if over and state.evaluated_step == state.step and finished:
@@ -367,7 +373,7 @@ def train(config, machine, stop, again):
         low, high = config.expected_ppl
         machine.say(f"expected {low:g} to {high:g}: {verdict(config.expected_ppl, state.best['val_ppl'])}")
     if config.recorded_ppl:
-        machine.say(f"the notebook recorded {config.recorded_ppl:g}")
+        machine.say(f"the notebook recorded {perplexity(config.recorded_ppl)}")
     if not record.finish(final):
         machine.say(f"{config.out_dir} could not be written to the last: {record.last_is()}; free some space, then: "
                     f"{again}")

@@ -1,9 +1,10 @@
 """Settings: one dataclass, a config file of plain assignments held against it, and the command line made from it.
 
 A config file holds assignments only and runs in an empty namespace; `--name value` on the command line wins over
-it. Everything that is wrong with both is listed at once. `UserError` and `run` are how every script here ends on
-a user's mistake: one line, exit code 2, no traceback.
+it. Everything that is wrong with both is listed at once.
 """
+
+from lab.console import ROOT, UserError, command, first_line
 
 import ast
 import dataclasses
@@ -11,40 +12,15 @@ import difflib
 import os
 import re
 import sys
+import types
 from dataclasses import dataclass
 from typing import ClassVar
 
 
-class UserError(Exception):
-    """The user's mistake, as one line: what, why, and the command that mends it."""
-
-
-def run(main):
-    """Call main() and end the process: 0 done, 2 the user's mistake, 1 anything else (Ctrl-C and a closed pipe too)."""
-    try:
-        code = main() or 0
-        sys.stdout.flush()
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # torchrun starts several of us; one line is enough
-            print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 1
-    except BrokenPipeError:  # `| head` took what it wanted; the interpreter must not flush into the pipe again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    sys.exit(code)
-
-
-def first_line(error):
-    """An exception's type and first line, for a message of one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-
-
-def setting(default, help, low=None, below=None, choices=None):
-    """A dataclass field with its reason and unit, and the values it allows: low <= value < below, or one of choices."""
-    metadata = {"help": help, "low": low, "below": below, "choices": choices}
+def setting(default, help, low=None, below=None, choices=None, path=False):
+    """A dataclass field with its reason and unit, and the values that it allows: low <= value <
+    below, or one of choices. path: a leading ~ stands for the user's home."""
+    metadata = {"help": help, "low": low, "below": below, "choices": choices, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -57,8 +33,8 @@ class Config:
 
     # data
     dataset: str = setting("wikitext-103", "folder under data_dir that prepare.py wrote")
-    data_dir: str = setting("data", "where the data sets lie")
-    out_dir: str = setting("", "this run's own folder (default: out/<name of the config file>)")
+    data_dir: str = setting("data", "where the data sets lie", path=True)
+    out_dir: str = setting("", "this run's own folder (default: out/<name of the config file>)", path=True)
     # model
     max_seq_len: int = setting(512, "context, tokens", low=1)
     d_model: int = setting(256, "width of the residual stream", low=1)
@@ -79,7 +55,9 @@ class Config:
     patience: int = setting(0, "end after so many evaluations without a new best (0: never)", low=0)
     learning_rate: float = setting(4e-4, "AdamW's learning rate after warm-up", low=0)
     min_learning_rate: float = setting(0.0, "where the schedule ends", low=0)
-    warmup_steps: int = setting(200, "steps of linear warm-up", low=0)
+    warmup_steps: int | None = setting(
+        None, "steps of linear warm-up (None: 200, or a tenth of the run where that is less)", low=0
+    )
     lr_schedule: str = setting("cosine", "after the warm-up; a trapezoid falls over the last 40 % of the steps",
                                choices=("cosine", "trapezoid", "constant"))
     optimizer: str = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest",
@@ -121,7 +99,8 @@ class Config:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-WORDS = {"true": True, "false": False, "none": None, "auto": None}
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+WORDS |= {"none": None, "auto": None}
 
 
 def kinds(name):
@@ -135,21 +114,39 @@ def from_text(name, text):
         return WORDS.get(text.lower(), text)
     if kinds(name) == (str,):
         return text
+    if type(None) in kinds(name) and text.lower() in ("none", "auto"):
+        return None
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
         return text
 
 
+def as_meant(name, value):
+    """A value as setting `name` holds it: 1e3 for an int, a list for a tuple, 1 for True, ~ for a home."""
+    allowed = kinds(name)
+    if isinstance(value, float) and float not in allowed and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and tuple in allowed:
+        return tuple(value)
+    if isinstance(value, int) and bool in allowed and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and FIELDS[name].metadata["path"]:
+        return os.path.expanduser(value)
+    return value
+
+
 def problems_of(values):
-    """Everything wrong with a dict of settings, each as a phrase; an empty list if nothing is."""
+    """Everything wrong with a dict of settings, each as a phrase; an empty list if nothing is. Puts
+    the values into the form that the settings hold."""
     problems, good = [], {}
-    for name, value in values.items():
+    for name, value in list(values.items()):
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)
             problems.append(f"unknown setting {name}" + (f" (did you mean {near[0]}?)" if near else " (see --help)"))
             continue
         allowed, limits = kinds(name), FIELDS[name].metadata
+        value = values[name] = as_meant(name, value)
         fits = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
         if not fits or (isinstance(value, bool) and bool not in allowed):
             wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
@@ -158,6 +155,8 @@ def problems_of(values):
             near = difflib.get_close_matches(value, limits["choices"], n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             problems.append(f"{name} is one of {', '.join(limits['choices'])}, not {value!r}{hint}")
+        elif value is None:
+            good[name] = value
         elif limits["low"] is not None and not limits["low"] <= value < (limits["below"] or float("inf")):
             below = f" and below {limits['below']}" if limits["below"] else ""
             problems.append(f"{name} must be finite, at least {limits['low']}{below}, not {value}")
@@ -177,7 +176,7 @@ def problems_of(values):
         ("learning_rate", c.learning_rate > 0, "learning_rate must be above 0"),
         ("learning_rate min_learning_rate", c.min_learning_rate <= c.learning_rate,
          f"min_learning_rate {c.min_learning_rate} is above learning_rate {c.learning_rate}"),
-        ("max_steps warmup_steps", not c.max_steps or c.warmup_steps < c.max_steps,
+        ("max_steps warmup_steps", not c.max_steps or not c.warmup_steps or c.warmup_steps < c.max_steps,
          f"warmup_steps {c.warmup_steps} leaves nothing of max_steps {c.max_steps}"),
         ("expected_ppl", not c.expected_ppl or expected, f"expected_ppl is (low, high), not {c.expected_ppl}"),
         ("sample_prompts", all(isinstance(prompt, str) for prompt in c.sample_prompts),
@@ -190,9 +189,11 @@ def problems_of(values):
 
 
 def read_file(path):
-    """(a config file's assignments as a dict, its docstring). Names that begin with _ are the file's own."""
+    """(a config file's assignments as a dict, its docstring). Names that begin with _ are the
+    file's own, and so are modules, functions and classes."""
+    own = types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
             source = file.read()
     except (OSError, UnicodeDecodeError) as error:
         folder = os.path.dirname(__file__)
@@ -205,7 +206,8 @@ def read_file(path):
     except Exception as error:
         raise UserError(f"config {path} does not run: {first_line(error)}; mend that line") from None
     doc = namespace.get("__doc__") or ""
-    return {name: value for name, value in namespace.items() if not name.startswith("_")}, doc
+    settings = {k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, own)}
+    return settings, doc
 
 
 def show_help(script, more):
@@ -246,7 +248,8 @@ def load_config(argv, script="train.py", more=""):
                 continue
         over[name] = from_text(name, text) if name in FIELDS else text
     if path is None:
-        raise UserError(f"no config given; `python {script} config/demo.py` runs the small one, config/ has the others")
+        small = command(script, ROOT / "config/demo.py")
+        raise UserError(f"no config given; `{small}` runs the small one, and config/ has the others")
     values, doc = read_file(path)
     values |= over
     problems += problems_of(values)

@@ -1,0 +1,1 @@
+"""What the commands at the root are built of. Imports nothing of the root."""
