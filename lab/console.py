@@ -46,6 +46,14 @@ def python():
     return shlex.quote(nearby(sys.executable))
 
 
+def quote(word):
+    """A word as the shell wants it, on one line whatever is in it."""
+    if "\n" not in word:
+        return shlex.quote(word)
+    word = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{word}'"
+
+
 def torchrun(processes):
     """The command that starts so many processes of the script that follows it."""
     known = os.path.join(os.path.dirname(sys.executable), "torchrun")
@@ -58,7 +66,7 @@ def command(script, *words, processes=1):
     processes. A word that is a Path is shown from there, too."""
     start = torchrun(processes) if processes > 1 else python()
     shown = [nearby(word) if isinstance(word, Path) else str(word) for word in words]
-    return f"{start} {shlex.join([nearby(ROOT / script), *shown])}"
+    return " ".join([start, *map(quote, [nearby(ROOT / script), *shown])])
 
 
 # --- streams
@@ -205,14 +213,15 @@ def run(main, strict=False):
     sys.exit(code)
 
 
-if Path(sys.argv[0]).resolve().parent == ROOT:  # one of our scripts, and not a test of it
+for number in (0, 1, 2):  # or a closed stream's number would be the next file's
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+program = Path(sys.argv[0]).resolve()
+if program.is_file() and program.parent == ROOT:  # one of our scripts, and not a test of it
     if not hasattr(os, "sysconf"):
         print("error: this program runs on Linux and macOS; on Windows, run it in WSL", file=sys.stderr)
         sys.exit(2)
-    for number in (0, 1, 2):  # a closed one would be the next file's number
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)

@@ -46,7 +46,7 @@ def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
     [
         ("d_model = ", "SyntaxError"),
         ("d_model = width", "NameError"),
-        ("import os", "unknown setting os"),
+        ("pi = 3", "unknown setting pi"),
         ("learning_rate = float('nan')", "must be finite"),
         ("expected_ppl = (42, 35)", "is (low, high)"),
         ("expected_ppl = ('a', 'b')", "is (low, high)"),
@@ -60,6 +60,25 @@ def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, says):
     assert says in problems(tmp_path, text)
+
+
+def test_values_are_taken_as_they_are_meant(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/her")
+    (tmp_path / "x.py").write_text(
+        "\ufeffimport math\nfrom math import sqrt\nd_model = sqrt(64 * 64)\nexpected_ppl = [35, 42]\ncompile = 1\n"
+        "data_dir = '~/data'\nd_ff = int(math.pow(2, 5))\ndef helper(): pass\n", encoding="utf-8"
+    )
+    words = ["--max_steps", "1e3", "--tensorboard", "yes", "--out_dir=~/out", "--sample_prompts", "['a', 'b']"]
+    config = load_config([str(tmp_path / "x.py"), *words])
+    assert (config.d_model, config.d_ff, config.max_steps) == (64, 32, 1000) and isinstance(config.d_model, int)
+    assert (config.compile, config.tensorboard, config.warmup_steps) == (True, True, None)
+    assert config.expected_ppl == (35, 42) and config.sample_prompts == ("a", "b")
+    assert (config.data_dir, config.out_dir) == ("/home/her/data", "/home/her/out")
+    for text, value in (("no", False), ("0", False), ("on", True), ("1", True), ("FALSE", False)):
+        assert load_config([str(tmp_path / "x.py"), "--resume", text]).resume is value
+    assert load_config([str(tmp_path / "x.py"), "--warmup_steps", "None"]).warmup_steps is None
+    assert "max_steps takes int, not 10.5" in problems(tmp_path, "", "--max_steps", "10.5")
+    assert "resume takes bool, not 2" in problems(tmp_path, "resume = 2")
 
 
 def test_a_config_runs_in_an_empty_namespace(tmp_path):

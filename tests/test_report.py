@@ -46,7 +46,7 @@ def test_a_run_writes_its_own_entry(trained):
     assert f"{best(evaluations)['val_ppl']:,.2f} a token" in text
     assert re.search(r"\| val \| [\d.]+ \| [\d.]+ \|", text)  # the last figures
     assert Path("out/tiny/curve.png").read_bytes().startswith(PNG) and "torch" in text and "commit" in text
-    assert not list(Path("out/tiny").glob(".*"))
+    assert [path.name for path in Path("out/tiny").glob(".*")] == [".lock"]
 
 
 def test_the_entry_names_the_block_and_both_optimizers(tiny):
@@ -182,11 +182,15 @@ def test_the_table_sorts_runs_with_the_recorded_ones_among_them(tmp_path, monkey
     names = re.findall(r"^\| (\w[\w ]*?) \|", shown, re.MULTILINE)
     assert " ".join(names) == "run experiment 4 experiment 3 big experiment 2 small experiment 1 experiment 5"
     assert "| big | not finished | 7,000,000 | 1,000,000,000 |" in shown and "No fit: 2 runs" in shown
-    assert report.show(999_599_112_192) == "1e+12" and report.show(20_333_760) == "20,333,760"
+    assert report.show(999_599_112_192) == "1.00e12" and report.show(20_333_760) == "20,333,760"
     assert Path("out/report.png").read_bytes().startswith(PNG)
     report.main(["out/big", "--format", "csv", "--picture", "p.png"])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert rows[2]["run"] == "big" and float(rows[2]["flops"]) == 42e15 and len(rows) == 6 and Path("p.png").exists()
+    report.main(["--recorded", "no"])
+    shown = capsys.readouterr()
+    assert "experiment" not in shown.out and "| big |" in shown.out
+    assert re.search(r"^left out: .*torn \(no run of this program\)", shown.err) and "empty (" in shown.err
     report.main(["out/big"])
     assert "No fit: 1 run on" in capsys.readouterr().out
     report.main(["--format", "json"])
@@ -195,8 +199,16 @@ def test_the_table_sorts_runs_with_the_recorded_ones_among_them(tmp_path, monkey
         report.main(["out/none"])
 
 
+@pytest.mark.parametrize("value, text", [(46.333, "46.33"), (70468.84, "70,468.84"), (66_113_960_896.71, "6.6e10"),
+                                         (1e6, "1.0e6"), (math.exp(700), "1.0e304")])
+def test_a_perplexity_is_read_at_a_glance(value, text):
+    assert report.perplexity(value) == text
+
+
 def test_the_report_survives_no_runs_at_all(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no run to show; train one first"):
+        report.main(["--recorded", "no"])
     report.main([])
     assert "experiment 1" in capsys.readouterr().out and "nan" not in capsys.readouterr().out
 
@@ -206,15 +218,15 @@ def test_the_fit_finds_the_law_that_made_the_losses(tmp_path):
         return 1.7 + 400 / N**0.34 + 410 / D**0.28
 
     sizes = [(N, D) for N in (1e6, 3e6, 1e7, 3e7) for D in (1e8, 1e9, 4e9)]
-    said = fit(rows_of([made(tmp_path / f"{i}", int(N), int(D), law(N, D)) for i, (N, D) in enumerate(sizes)]))
+    said = fit(rows_of([made(tmp_path / f"{i}", int(N), int(D), law(N, D)) for i, (N, D) in enumerate(sizes)])[0])
     predicted = float(re.search(r"predicts ([\d.]+)", said)[1])
     assert predicted == pytest.approx(law(6e7, 4e9), abs=0.03) and "12 runs with 5 unknowns" in said
     runs = [made(tmp_path / f"n{N}", N, 10**8, 2.0 + 300 / N**0.3) for N in (10**6, 3 * 10**6, 10**7)]
-    said = fit(rows_of(runs))
+    said = fit(rows_of(runs)[0])
     assert "3 runs with 3 unknowns" in said and "a guess" in said
     assert float(re.search(r"predicts ([\d.]+)", said)[1]) == pytest.approx(2.0 + 300 / (2e7) ** 0.3, abs=0.02)
     rising = [made(tmp_path / f"r{N}", N, 10**8, 2.0 + N / 1e7) for N in (10**6, 3 * 10**6, 10**7)]
-    assert "does not fall" in fit(rows_of(rising)) or "L = " in fit(rows_of(rising))
+    assert "does not fall" in fit(rows_of(rising)[0]) or "L = " in fit(rows_of(rising)[0])
 
 
 def test_the_report_needs_no_torch(tmp_path, script):

@@ -115,7 +115,9 @@ def test_choices_keep_to_what_is_allowed():
     for kwargs in ({}, {"top_k": 99}, {"top_p": 0.9999}):
         counts = drawn(**kwargs).bincount(minlength=5) / 4000
         torch.testing.assert_close(counts, logits.exp()[0], atol=1e-3, rtol=0)
-    assert set(drawn(temperature=0).tolist()) == {1}
+    for temperature in 0, 1e-9, 5e-324:  # so near 0 that a quotient by it would overflow
+        for top_k in 0, 3:
+            assert set(drawn(temperature=temperature, top_k=top_k).tolist()) == {1}
     assert set(drawn(top_k=2).tolist()) == {1, 3}
     assert set(drawn(top_p=0.39).tolist()) == {1}
     assert set(drawn(top_p=0.41).tolist()) == {1, 3}
@@ -185,6 +187,22 @@ def test_prompts_of_a_file_as_lines_of_json(checkpoint, capsys, tmp_path):
     assert json.loads(alone)["text"] == texts[0]["text"]
 
 
+def test_a_prompt_ends_at_a_line_end_and_nowhere_else(checkpoint, capsys, tmp_path):
+    text = "\ufeffone\x0ctwo\u2028three\x85four\rfive\r\nsix\n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    lines = say(capsys, "--prompts", "prompts.txt", "--format", "jsonl").out.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["one\x0ctwo\u2028three\x85four\rfive", "six"]
+    assert sample.read_text("prompts.txt") == text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def test_a_home_is_expanded(checkpoint, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompt.txt").write_text("The cat")
+    for words in (["--start", "FILE:~/prompt.txt"], ["--prompts", "~/prompt.txt"],
+                  ["--start=The cat", "--out_dir=~/out/run"], ["--start=The cat", "--checkpoint=~/out/run/best.pt"]):
+        assert say(capsys, *words).out.startswith("The cat")
+
+
 def test_interactive(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nThe dog\n"))
     shown = say(capsys, "--interactive")
@@ -207,7 +225,7 @@ def test_the_run_trained_last_is_found(checkpoint, tmp_path):
     assert str(find_checkpoint()) == "out/older/best.pt"
     assert str(find_checkpoint("out/run")) == checkpoint
     os.remove("out/run/best.pt")
-    with pytest.raises(UserError, match="python train.py"):
+    with pytest.raises(UserError, match="train.py .*config/demo.py`"):
         find_checkpoint("out/run")
 
 

@@ -2,20 +2,24 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
+import report
 import train
 from config import Config, UserError, load_config
 from data import Batches
-from machine import Machine
+from lab.files import Lock
+from machine import Machine, ranks_of
 from model import LanguageModel, load_checkpoint
 from optimizer import Muon, lr_at, make_optimizers, orthogonalise
 
@@ -77,6 +81,14 @@ def test_learning_rate():
     config.lr_schedule = "trapezoid"
     assert lr_at(5, config, 110) == pytest.approx(0.6) and lr_at(66, config, 110) == lr_at(10, config, 110) == 1
     assert lr_at(88, config, 110) == pytest.approx(0.55) and lr_at(110, config, 110) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("total, warmup", [(100_000, 200), (2000, 200), (60, 6), (9, 0), (1, 0)])
+def test_a_warm_up_that_is_not_given_is_a_tenth_of_the_run_or_200_steps(total, warmup):
+    config = Config(learning_rate=1.0)
+    rates = [lr_at(step, config, total) for step in range(min(total, 300))]
+    assert rates.index(max(rates)) == max(0, warmup - 1) and 0 < rates[0] <= 1
+    assert rates[: warmup] == [pytest.approx((i + 1) / warmup) for i in range(warmup)]
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
@@ -188,7 +200,7 @@ def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, monkeypatch
             nonlocal calls
             calls += 1
             if calls == stop_at:
-                os.kill(os.getpid(), signal.SIGINT if stop_at % 2 else signal.SIGTERM)
+                os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[stop_at % 3])
             return function(*args, **kwargs)
 
         with monkeypatch.context() as patch:
@@ -196,7 +208,7 @@ def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, monkeypatch
             patch.setattr(train, "take_step", lambda *a, **k: counted(step, *a, **k))  # noqa: B023
             patch.setattr(LanguageModel, "token_losses", lambda *a, **k: counted(losses, *a, **k))  # noqa: B023
             assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 1
-        assert f"python train.py {' '.join(options)} --out_dir out/cut --resume" in capsys.readouterr().out
+        assert f"train.py {' '.join(options)} --out_dir out/cut --resume" in capsys.readouterr().out
     assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 0
     assert_the_same_run("out/whole", "out/cut")
 
@@ -266,11 +278,52 @@ def test_resume_says_when_there_is_nothing_to_do_and_goes_on_when_extended(tiny,
 def test_a_run_is_never_overwritten_and_never_continued_as_another(tiny):
     assert train.main([tiny, "--max_steps", "6"]) == 0
     before = open("out/tiny/last.pt", "rb").read()
-    with pytest.raises(UserError, match=r"holds a run already; `python train.py tiny.py --max_steps 6 --resume`"):
+    with pytest.raises(UserError, match=r"holds a run already; `.*train.py tiny.py --max_steps 6 --resume` continues"):
         train.main([tiny, "--max_steps", "6"])
     with pytest.raises(UserError, match=r"dropout was 0.2, now 0.3; learning_rate was 0.01, now 0.02"):
         train.main([tiny, "--max_steps", "9", "--dropout", "0.3", "--learning_rate", "0.02", "--resume"])
     assert open("out/tiny/last.pt", "rb").read() == before
+
+
+def test_a_taken_folder_and_another_config_give_one_hint(tiny):
+    assert train.main([tiny, "--max_steps", "6"]) == 0
+    with pytest.raises(UserError) as caught:
+        train.main([tiny, "--max_steps", "6", "--dropout", "0.3"])
+    assert "holds another experiment: dropout was 0.2, now 0.3; choose another --out_dir" in str(caught.value)
+    assert "--resume" not in str(caught.value)
+
+
+def test_a_run_that_is_alive_is_left_alone(tiny):
+    assert train.main([tiny, "--max_steps", "6"]) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in Path("out/tiny").iterdir()}
+    with Lock() as lock:
+        lock.take("out/tiny/.lock", "", "")
+        for more in (), ("--resume",), ("--resume", "--max_steps", "9"), ("--dropout", "0.3"):
+            with pytest.raises(UserError, match=f"out/tiny is in use by process {os.getpid()} on .+; wait for it"):
+                train.main([tiny, "--max_steps", "6", *more])
+        assert train.main([tiny, "--dry_run"]) == 0 and train.main([tiny, "--eval_only"]) == 0
+        assert {path.name: path.stat().st_mtime_ns for path in Path("out/tiny").iterdir()} | {".lock": 0} == before | {
+            ".lock": 0}
+    assert train.main([tiny, "--max_steps", "9", "--resume"]) == 0
+
+
+@pytest.mark.parametrize("name", ["cost$5_vs_$6", "a|b", "two words", "日本", "line\nbreak", "back\\slash"])
+def test_any_name_is_a_run_s_and_a_data_set_s(tiny, name, capsys, monkeypatch):
+    os.rename("data/tiny", f"data/{name}")
+    assert train.main([tiny, "--dataset", name, "--max_steps", "6", "--out_dir", f"out/{name}"]) == 0
+    text = Path(f"out/{name}/notebook.md").read_text(encoding="utf-8")
+    assert "Finished: 6 of 6 steps" in text and Path(f"out/{name}/curve.png").exists()
+    capsys.readouterr()
+    report.main(["--recorded", "no"])
+    shown = capsys.readouterr().out.splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in shown[:3]}) == 1 and not shown[3]
+    with pytest.raises(UserError, match="run `.*prepare.py .*`"):
+        train.main([tiny, "--dataset", name + "2"])
+
+
+def test_a_name_that_is_no_text_is_a_run_s(tiny, script):
+    script("train.py", tiny, "--max_steps", "6", "--out_dir", "out/\udcff")
+    assert "\n| ? | finished |" in script("report.py", "--recorded", "no").stdout
 
 
 def test_patience_and_hours_end_a_run_cleanly(tiny, capsys):
@@ -295,9 +348,45 @@ def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
     assert not os.path.exists("out")
 
 
+def test_the_plan_comes_before_the_model(tiny, capsys):
+    """A model that no memory holds."""
+    large = [tiny, "--d_model", "2000000"]
+    assert train.main([*large, "--dry_run"]) == 0
+    assert "GB a rank" in capsys.readouterr().out
+    with pytest.raises(UserError, match="to train this model takes about [0-9,.]+ GB, and cpu has"):
+        train.main(large)
+    assert not os.path.exists("out")
+
+
+def test_memory_that_is_not_there_after_all_is_one_line(tiny, monkeypatch):
+    def none(*args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", none)
+    with pytest.raises(UserError, match="to train this model takes about"):
+        train.main([tiny])
+    assert not os.path.exists("out")
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"},
+    {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, {"LOCAL_RANK": "1"},
+])
+def test_rank_variables_that_torchrun_did_not_set_are_one_line(environment):
+    with pytest.raises(UserError, match="torchrun did not start this process; `unset "):
+        ranks_of(environment)
+
+
+def test_rank_variables():
+    assert ranks_of({"WORLD_SIZE": "", "HOME": "/"}) == ranks_of({"RANK": "0", "WORLD_SIZE": "1"}) == (0, 1, 0, 1)
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
+                "MASTER_PORT": "1"}
+    assert ranks_of(torchrun) == (3, 4, 1, 2)
+
+
 def test_mistakes_are_one_line_before_the_first_step(tiny, script):
     assert "did you mean d_model" in script("train.py", tiny, "--d_modle", "8", code=2).stderr
-    with pytest.raises(UserError, match="is not prepared in data/; run `python prepare.py wikitext-2`"):
+    with pytest.raises(UserError, match="is not prepared in data/; run `.*prepare.py wikitext-2`"):
         train.main([tiny, "--dataset", "wikitext-2"])
     with pytest.raises(UserError, match="not one window of 3000"):
         train.main([tiny, "--max_seq_len", "3000"])
@@ -351,9 +440,9 @@ def same_shapes(a, b):
 
 def test_the_command_that_resumes_is_the_shell_s():
     words = ["exp 5.py", "--sample_prompts", "()", "--resume", "--seed", "1"]
-    assert train.resume_command(words, CPU) == "python train.py 'exp 5.py' --sample_prompts '()' --seed 1 --resume"
-    assert train.resume_command([], dataclasses.replace(CPU, world=4, local_world=2)).startswith(
-        "torchrun --nproc_per_node=2 train.py")
+    assert train.resume_command(words, CPU).endswith("train.py 'exp 5.py' --sample_prompts '()' --seed 1 --resume")
+    two = train.resume_command([], dataclasses.replace(CPU, world=4, local_world=2))
+    assert "torch" in two and "--nproc_per_node=2 " in two and two.endswith("train.py --resume")
 
 
 def test_ctrl_c_in_a_terminal(tiny):
@@ -365,7 +454,7 @@ def test_ctrl_c_in_a_terminal(tiny):
     child.send_signal(signal.SIGINT)
     out, errors = child.communicate(timeout=60)
     assert child.returncode == 1 and "Traceback" not in errors
-    assert "go on with: python train.py tiny.py --epochs 100000 --resume" in out
+    assert f"go on with: {shlex.join(command)} --resume" in out and "Ctrl-C again ends at once" in errors
     assert load_checkpoint("out/tiny/last.pt")["step"] > 30
 
 

@@ -1,0 +1,175 @@
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from lab import console
+
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def python(code, **kwargs):
+    """Start Python code that may import lab, its streams as text in pipes unless said otherwise."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code], **pipes | dict(env=ENV) | kwargs)
+
+
+# --- Ctrl-C
+
+
+@pytest.mark.parametrize("script", ["train", "prepare", "sample", "report", "bench"])
+def test_ctrl_c_amid_the_imports_is_one_word(tmp_path, script):
+    for name in "numpy", "torch":  # the first slow import, which never ends
+        (tmp_path / f"{name}.py").write_text("import sys; print('importing', flush=True); sys.stdin.read()")
+    command = [sys.executable, str(ROOT / f"{script}.py")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **pipes) as child:
+        assert child.stdout.readline() == "importing\n"
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=60) == 1 and child.stderr.read() == "interrupted\n"
+
+
+LONG_CALL = """
+import sys
+from lab.console import stop_signals
+with stop_signals():
+    print("in it", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_first_ctrl_c_is_answered_at_once_and_a_second_ends_at_once():
+    with python(LONG_CALL) as child:
+        assert child.stdout.readline() == "in it\n"
+        child.send_signal(signal.SIGINT)
+        child.stderr.readline()
+        assert "Ctrl-C again ends at once" in child.stderr.readline() and child.poll() is None
+        while child.poll() is None:  # one that follows at once is torchrun's echo of the first
+            child.send_signal(signal.SIGINT)
+            try:
+                child.wait(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                pass
+        assert child.returncode == 1 and "ended at once" in child.stderr.read()
+
+
+def test_signals_are_noted_and_the_old_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT)
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        with console.stop_signals(quiet=True) as seen:
+            assert not seen
+            os.kill(os.getpid(), number)
+            assert seen == [number]
+        assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_nohup_stays_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with console.stop_signals() as seen:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not seen
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# --- streams
+
+
+TALK = """
+from lab.console import run
+def main():
+    for i in range(5000):
+        print("a line → of some length")
+    print("said", flush=True)
+    import sys; print("to stderr →", file=sys.stderr)
+    open("done", "w").close()
+run(main, strict=%s)
+"""
+
+
+@pytest.mark.parametrize("where", [">/dev/full", ">&-", "2>&-", "2>/dev/full", ">&- 2>&- <&-", "| head -c 1"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_no_stream_ends_a_run(tmp_path, where, encoding):
+    (tmp_path / "talk.py").write_text(TALK % False)
+    words = f"{sys.executable} talk.py {where}"
+    env = ENV | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    assert done.returncode == 0 and (tmp_path / "done").exists()
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+    assert b"to stderr ?" in done.stderr or encoding == "utf-8" or "2>" in where
+
+
+def test_a_terminal_that_hangs_up_ends_no_run(tmp_path):
+    master, terminal = pty.openpty()
+    streams = dict(stdin=terminal, stdout=terminal, stderr=terminal)
+    with python("input()\n" + TALK % False, cwd=tmp_path, start_new_session=True, **streams) as child:
+        os.close(terminal)
+        os.write(master, b"go\n")
+        os.close(master)
+        child.wait(timeout=60)
+    assert child.returncode in (0, 1) and (child.returncode == 1 or (tmp_path / "done").exists())
+
+
+@pytest.mark.parametrize("where, says", [(">/dev/full", b"No space left"), (" | head -c 1", b"")])
+def test_what_a_command_is_for_must_be_written(tmp_path, where, says):
+    (tmp_path / "talk.py").write_text(TALK % True)
+    words = f"set -o pipefail; {sys.executable} talk.py {where}"
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=ENV, capture_output=True, timeout=60)
+    assert done.returncode == 1 and says in done.stderr
+    assert done.stderr.count(b"\n") == bool(says) and b"Traceback" not in done.stderr
+
+
+def test_a_file_never_takes_a_closed_stream_s_number(tmp_path):
+    """Or what a library prints would go into a checkpoint."""
+    words = f"{sys.executable} {ROOT}/report.py --format csv --picture p.png >&- 2>&-"
+    subprocess.run(["bash", "-c", words], cwd=tmp_path, timeout=60, check=True)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- commands and errors
+
+
+def test_a_command_in_a_message_works_from_where_the_user_is(tmp_path, monkeypatch):
+    for folder in tmp_path, ROOT, ROOT / "config":
+        monkeypatch.chdir(folder)
+        for word in console.command("report.py", "--help"), console.command("report.py", ROOT / "config", "-h"):
+            done = subprocess.run(word, shell=True, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0 and "usage: report.py" in done.stdout
+    odd = "a b$'\\\n"
+    done = subprocess.run(["bash", "-c", f"echo -n {console.quote(odd)}"], capture_output=True, text=True)
+    assert done.stdout == odd and "\n" not in console.quote(odd)
+    assert console.command("train.py", "a b$.py", processes=3).endswith("--nproc_per_node=3 "
+                                                                        f"{ROOT}/train.py 'a b$.py'")
+
+
+def test_an_error_is_one_line_whatever_is_in_it(capsys, monkeypatch):
+    monkeypatch.setattr(console, "open_streams", lambda strict: None)
+
+    def main():
+        raise console.UserError("no such run: out/two\nlines")
+
+    with pytest.raises(SystemExit) as caught:
+        console.run(main)
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: no such run: out/two lines\n"
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_an_error_of_ranks_is_printed_once_whoever_meets_it_first(tmp_path, late):
+    """torchrun ends the other rank, which here never comes to the error."""
+    (tmp_path / "meet.py").write_text(
+        "import os, signal, torch\nfrom lab.console import UserError, run\n"
+        "def main():\n"
+        f"    if os.environ['LOCAL_RANK'] == '{late}':\n"
+        "        signal.pause()\n"
+        "    raise UserError('both ranks would say so')\n"
+        "run(main)\n"
+    )
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    done = subprocess.run([sys.executable, *launch, "meet.py"], cwd=tmp_path, env=ENV, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 1 and done.stderr.count("error: both ranks") == 1, done.stderr
