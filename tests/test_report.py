@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_dataset
 from test_train import MODERN, RANKS, metrics, same, weights
 
 import record
@@ -23,9 +24,17 @@ PNG = b"\x89PNG\r\n"
 
 
 @pytest.fixture
-def trained(tiny, capsys):
+def words(tiny):
+    """tiny, with gpt2's whole vocabulary, which a run needs that continues prompts."""
+    shutil.rmtree("data/tiny")
+    make_dataset(Path("data"), vocab_size=50257)
+    return tiny
+
+
+@pytest.fixture
+def trained(words, capsys):
     Path("tiny.py").write_text('"""Tiny: does it learn?\n\nQuestion: a test\'s.\n"""\n' + Path("tiny.py").read_text())
-    assert train.main([tiny, "--expected_ppl", "80,150", "--recorded_ppl", "65.71", *PROMPTS]) == 0
+    assert train.main([words, "--expected_ppl", "80,150", "--recorded_ppl", "65.71", *PROMPTS]) == 0
     return capsys.readouterr().out
 
 
@@ -81,21 +90,22 @@ def test_the_end_and_the_entry_say_the_same_of_what_was_expected(tiny, capsys, e
     assert f": {says}.\n" in Path("out/tiny/notebook.md").read_text()
 
 
-def test_looking_changes_nothing(tiny):
-    assert train.main([tiny, "--eval_interval", "9", "--out_dir", "out/looked", *PROMPTS]) == 0
-    assert train.main([tiny, "--eval_interval", "9", "--out_dir", "out/not"]) == 0
+def test_looking_changes_nothing(words):
+    options = [words, "--max_steps", "20", "--eval_interval", "9"]
+    assert train.main([*options, "--out_dir", "out/looked", *PROMPTS]) == 0
+    assert train.main([*options, "--out_dir", "out/not"]) == 0
     assert same(weights("out/looked/last.pt"), weights("out/not/last.pt"))
     samples = [line["samples"] for line in metrics("out/looked", evaluations=True) if line["best"]]
     assert all(len(texts) == 2 and texts[1][0] == "The cat sat on the" and texts[1][1] for texts in samples)
     assert not any("samples" in line for line in metrics("out/not", evaluations=True))
 
 
-def test_a_tokenizer_that_cannot_be_loaded_costs_the_samples_and_not_the_run(tiny, monkeypatch, capsys):
+def test_a_tokenizer_that_cannot_be_loaded_costs_the_samples_and_not_the_run(words, monkeypatch, capsys):
     def missing():
         raise UserError("tiktoken cannot load gpt2")
 
     monkeypatch.setattr(record, "load_tokenizer", missing)
-    assert train.main([tiny, "--max_steps", "6", *PROMPTS]) == 0
+    assert train.main([words, "--max_steps", "6", *PROMPTS]) == 0
     assert "warning: no samples for the notebook: tiktoken cannot load" in capsys.readouterr().err
     assert Path("out/tiny/final.json").exists() and "samples" not in metrics("out/tiny", evaluations=True)[-1]
 
@@ -108,7 +118,7 @@ def test_the_test_split_is_looked_at_once_at_the_end(tiny, capsys):
     assert train.main([tiny, "--max_steps", "6"]) == 0
     final = json.loads(Path("out/tiny/final.json").read_text())
     assert final["test"]["tokens"] == 2999 and f"loss {final['test']['loss']:.4f}" in capsys.readouterr().out
-    assert final["val"]["loss"] == pytest.approx(best(metrics(evaluations=True))["val_loss"], rel=1e-9)
+    assert final["val"]["loss"] == best(metrics(evaluations=True))["val_loss"]  # the same weights and batches
     assert train.main([tiny, "--eval_only", "--split", "test"]) == 0
     assert f"loss {final['test']['loss']:.4f}" in capsys.readouterr().out
 
@@ -220,11 +230,15 @@ def test_the_fit_finds_the_law_that_made_the_losses(tmp_path):
     sizes = [(N, D) for N in (1e6, 3e6, 1e7, 3e7) for D in (1e8, 1e9, 4e9)]
     said = fit(rows_of([made(tmp_path / f"{i}", int(N), int(D), law(N, D)) for i, (N, D) in enumerate(sizes)])[0])
     predicted = float(re.search(r"predicts ([\d.]+)", said)[1])
-    assert predicted == pytest.approx(law(6e7, 4e9), abs=0.03) and "12 runs with 5 unknowns" in said
+    # neither exponent is on the grid, so that the fit may take the neighbour of the nearest; and
+    # the prediction is for twice the size of the largest run
+    off = 400 / 6e7**0.34 * 0.03 * math.log(2)
+    assert predicted == pytest.approx(law(6e7, 4e9), abs=off + 0.0005) and "12 runs with 5 unknowns" in said
     runs = [made(tmp_path / f"n{N}", N, 10**8, 2.0 + 300 / N**0.3) for N in (10**6, 3 * 10**6, 10**7)]
     said = fit(rows_of(runs)[0])
     assert "3 runs with 3 unknowns" in said and "a guess" in said
-    assert float(re.search(r"predicts ([\d.]+)", said)[1]) == pytest.approx(2.0 + 300 / (2e7) ** 0.3, abs=0.02)
+    off = 300 / 2e7**0.3 * 0.005 * math.log(2)  # of a finer grid
+    assert float(re.search(r"predicts ([\d.]+)", said)[1]) == pytest.approx(2.0 + 300 / 2e7**0.3, abs=off + 0.0005)
     rising = [made(tmp_path / f"r{N}", N, 10**8, 2.0 + N / 1e7) for N in (10**6, 3 * 10**6, 10**7)]
     assert "does not fall" in fit(rows_of(rising)[0]) or "L = " in fit(rows_of(rising)[0])
 

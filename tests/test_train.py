@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, VOCAB, make_dataset
+from helpers import MUON, assert_near, assert_same_curve, near
 
 import report
 import train
@@ -27,6 +29,10 @@ CPU = Machine(torch.device("cpu"), torch.float32)
 RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d",
          "--rdzv-endpoint=localhost:0"]
 MODERN = ("--block", "modern", "--optimizer", "muon", "--lr_schedule", "trapezoid")  # experiment 6's
+TOKENS = 7 * 16  # at most, of a step of TINY's; the longest of its sums that ranks and micro-batches take in parts
+# Embeddings of 0.02 make a logit's standard deviation 0.02 * 8**0.5, and in a mean over 96 targets a tenth of that: the
+# first loss is within five of those of what the head's bias alone gives.
+AT_FIRST = 5 * 0.02 * 8**0.5 / 96**0.5
 
 
 def metrics(out="out/tiny", evaluations=False):
@@ -73,14 +79,15 @@ def test_a_batch_follows_from_seed_and_step_and_ranks_only_slice_it():
 
 def test_learning_rate():
     config = Config(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
+    approx = functools.partial(pytest.approx, rel=near(torch.float64, 10), abs=0)
     rates = [lr_at(step, config, 110) for step in range(111)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1 and rates[60] == pytest.approx(0.55)
-    assert rates[110] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[0] == approx(0.1) and rates[9] == rates[10] == 1 and rates[60] == approx(0.55)
+    assert rates[110] == approx(0.1) and all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     config.lr_schedule = "constant"
-    assert lr_at(5, config, 110) == pytest.approx(0.6) and lr_at(109, config, 110) == 1
+    assert lr_at(5, config, 110) == approx(0.6) and lr_at(109, config, 110) == 1
     config.lr_schedule = "trapezoid"
-    assert lr_at(5, config, 110) == pytest.approx(0.6) and lr_at(66, config, 110) == lr_at(10, config, 110) == 1
-    assert lr_at(88, config, 110) == pytest.approx(0.55) and lr_at(110, config, 110) == pytest.approx(0.1)
+    assert lr_at(5, config, 110) == approx(0.6) and lr_at(66, config, 110) == lr_at(10, config, 110) == 1
+    assert lr_at(88, config, 110) == approx(0.55) and lr_at(110, config, 110) == approx(0.1)
 
 
 @pytest.mark.parametrize("total, warmup", [(100_000, 200), (2000, 200), (60, 6), (9, 0), (1, 0)])
@@ -94,18 +101,23 @@ def test_a_warm_up_that_is_not_given_is_a_tenth_of_the_run_or_200_steps(total, w
 def test_orthogonalised_matrices_have_singular_values_near_one():
     torch.manual_seed(0)
     x = torch.randn(3, 12, 30)
-    values = torch.linalg.svdvals(orthogonalise(x))
+    u, before, v = torch.linalg.svd(x.double(), full_matrices=False)
+    values = before / before.norm(dim=-1, keepdim=True)
+    condition = (values[:, :1] / values[:, -1:]).max()  # all errors are as large as the largest value's
+    for _ in range(5):  # each singular value by itself
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     assert 0.6 < values.min() and values.max() < 1.3
-    torch.testing.assert_close(orthogonalise(x.mT), orthogonalise(x).mT, rtol=0, atol=1e-5)
-    u, _, v = torch.linalg.svd(x, full_matrices=False)  # the same directions
-    assert (torch.einsum("bij,bij->b", orthogonalise(x), u @ v) / 12 > 0.8).all()
+    tolerance = condition * near(torch.float32, 5 * (30 + 12 + 12))  # the three sums of each of five rounds
+    assert_near(orthogonalise(x), u @ torch.diag_embed(values) @ v, tolerance)  # and directions stay
+    assert torch.equal(orthogonalise(x.mT), orthogonalise(x).mT)
 
 
-def test_muon_takes_torch_s_steps():
-    """torch's own takes a matrix at a time and rounds to bfloat16."""
+def test_muon_takes_torch_s_steps(monkeypatch):
+    """torch's own takes a matrix at a time and would round to bfloat16."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
     torch.manual_seed(0)
     ours = [torch.randn(8, 24), torch.randn(24, 8), torch.randn(8, 24)]
-    theirs = [p.clone() for p in ours]
+    theirs, begun = [p.clone() for p in ours], [p.clone() for p in ours]
     one = Muon([dict(params=ours)], lr=0.02, weight_decay=0.1)
     two = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="original")
     for _ in range(5):
@@ -113,8 +125,10 @@ def test_muon_takes_torch_s_steps():
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         one.step(), two.step()
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=0.01)
+    for p, q, start in zip(ours, theirs, begun, strict=True):  # what they moved by, which is small beside the weights
+        weights_rounding = 5 * near(torch.float32, 1) * start.abs().max() / (q - start).abs().max()
+        # random numbers, 8 x 24: singular values within a factor of (24**0.5 + 8**0.5) / (24**0.5 - 8**0.5) = 4
+        assert_near(p - start, q - start, 4 * near(torch.float32, 5 * 5 * (24 + 8 + 8)) + weights_rounding)
 
 
 @pytest.mark.parametrize("block", ["gpt2", "modern"])
@@ -130,7 +144,7 @@ def test_every_parameter_is_updated_once_and_weight_decay_acts_on_matrices_alone
             assert all((group["weight_decay"] == 0.1) == (model.get_parameter(name).dim() > 1) for name in mine)
             if isinstance(each, Muon):
                 muon.update(mine)
-                assert group["scale"] == pytest.approx(20)
+                assert group["scale"] == pytest.approx(20, rel=near(torch.float64, 2))
             updated += mine
     assert sorted(updated) == sorted(names.values())
     matrices = {"qkv", "attention_out", "mlp_in", "mlp_out"} if optimizer == "muon" else set()
@@ -139,12 +153,13 @@ def test_every_parameter_is_updated_once_and_weight_decay_acts_on_matrices_alone
 
 def test_a_head_bias_of_word_frequencies_is_the_unigram_model(tiny):
     tokens, config = np.fromfile("data/tiny/train.bin", dtype="<u2"), load_config([tiny, "--unigram_bias"])
-    bias = train.new_model(config, 50257, tokens).head_bias
-    counts = np.bincount(tokens, minlength=50257)
-    np.testing.assert_allclose(bias.detach().exp().numpy(), (counts + 1) / (len(tokens) + 50257), rtol=1e-5)
+    bias = train.new_model(config, VOCAB, tokens).head_bias.detach().numpy()
+    counts = np.bincount(tokens, minlength=VOCAB)
+    np.testing.assert_allclose(bias, np.log((counts + 1) / (len(tokens) + VOCAB)), rtol=near(torch.float32, 1))
     assert train.main([tiny, "--unigram_bias", "--max_steps", "6"]) == 0
-    entropy = -(counts / len(tokens) * bias.detach().numpy()).sum()  # where such a model begins
-    assert metrics()[0]["train_loss"] == pytest.approx(entropy, abs=0.1) and entropy < 9.7
+    targets = Batches(tokens, 16, 6, 0).batch(0)[:, 1:]
+    unigram = -bias[targets].mean()  # where such a model begins
+    assert metrics()[0]["train_loss"] == pytest.approx(unigram, abs=AT_FIRST) and unigram < math.log(VOCAB) - AT_FIRST
 
 
 # --- whole runs
@@ -159,10 +174,12 @@ def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
     steps = math.ceil(2 * windows / 6)
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert [line["step"] for line in evaluations] == [math.ceil(windows / 6), steps]
-    assert lines[0]["train_loss"] == pytest.approx(math.log(50257), abs=0.1) and lines[-1]["train_loss"] < 8
-    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 10
+    assert lines[0]["train_loss"] == pytest.approx(math.log(VOCAB), abs=AT_FIRST)
+    # the text has 400 ids, each as often as any other: to know them is log(400), and less is to know what follows what
+    assert lines[-1]["train_loss"] < math.log(400)
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < math.log(VOCAB)
     assert evaluations[0]["train_loss"] == pytest.approx(
-        np.mean([x["train_loss"] for x in lines[: math.ceil(windows / 6)]])
+        np.mean([x["train_loss"] for x in lines[: math.ceil(windows / 6)]]), rel=near(torch.float64, steps)
     )
     assert {"epoch", "tokens", "lr", "grad_norm", "tokens_per_s", "elapsed_s"} <= lines[0].keys()
     assert "best so far" in shown and "finished" in shown and f"{evaluations[-1]['val_ppl']:.2f}" in shown
@@ -184,7 +201,8 @@ def test_both_optimizers_follow_the_schedule(tiny, monkeypatch):
     monkeypatch.setattr(train, "take_step", watched)
     assert train.main([tiny, "--max_steps", "12", *MODERN]) == 0
     rates = [line["lr"] for line in metrics()]
-    np.testing.assert_allclose(seen, [[lr, lr, 2 * lr] for lr in rates])  # 0.02 where AdamW's is 0.01
+    groups = [[lr, lr, 2 * lr] for lr in rates]  # 0.02 where AdamW's is 0.01
+    np.testing.assert_allclose(seen, groups, rtol=near(torch.float64, 2))
     assert rates[0] < rates[4] > rates[-1] > 0
 
 
@@ -338,12 +356,13 @@ def test_patience_and_hours_end_a_run_cleanly(tiny, capsys):
 def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
     assert train.main([tiny, "--dry_run"]) == 0
     plan = capsys.readouterr().out
-    count = 50257 * 8 + 16 * 8 + 50257 + 2 * (4 * 72 + 2 * 8 * 16 + 16 + 8 + 4 * 8) + 16
+    count = VOCAB * 8 + 16 * 8 + VOCAB + 2 * (4 * 72 + 2 * 8 * 16 + 16 + 8 + 4 * 8) + 16
     for phrase in (f"{count:,}", "3,000 training tokens", f"{3000 / count:.2f} tokens a parameter",
                    "20: 150 parameters", "63 of 6 x 16 = 96 tokens", "FLOPs", "GB"):
         assert phrase in plan
     # some 60 million parameters at 20 bytes each: weights, gradients, AdamW's two averages, and what a step needs
-    assert train.main([tiny, "--d_model", "1024", "--dry_run"]) == 0
+    make_dataset(Path("data"), "gpt2", vocab_size=50257)
+    assert train.main([tiny, "--dataset", "gpt2", "--d_model", "1024", "--dry_run"]) == 0
     assert "about 1.2 GB a rank" in capsys.readouterr().out
     assert not os.path.exists("out")
 
@@ -399,11 +418,13 @@ def test_mistakes_are_one_line_before_the_first_step(tiny, script):
 
 def test_half_precision_trains_too(tiny):
     # float16 with a scaler, whose state is part of the checkpoint
-    for dtype, more in ("bfloat16", ()), ("float16", ()), ("float16", MODERN):
+    for dtype, more in ("float32", ()), ("bfloat16", ()), ("float16", ()), ("float32", MODERN), ("float16", MODERN):
         out = f"out/{dtype}{len(more)}"
         assert train.main([tiny, "--dtype", dtype, "--max_steps", "12", "--out_dir", out, *more]) == 0
-        losses = [line["train_loss"] for line in metrics(out)]
-        assert losses[-1] < losses[0] - 0.05
+        one, two = ([line["train_loss"] for line in metrics(folder)] for folder in (f"out/float32{len(more)}", out))
+        # some 40 tensors a step are rounded to dtype; Muon stretches small errors of the gradient alone, and to first
+        # order these do little to the loss
+        assert_same_curve(one, two, 40, dtype=getattr(torch, dtype))
         assert bool(load_checkpoint(f"{out}/last.pt")["scaler"]) == (dtype == "float16")
     for dtype in "float32", "float16", "bfloat16":  # a run may go on in another: the machine's, not the experiment's
         steps = str(len(metrics()) + 6 if os.path.exists("out/tiny") else 6)
@@ -430,7 +451,7 @@ def test_compiled_blocks_give_the_same_curve(tiny, script, more):
         script("train.py", *options, "--micro_batch_size", "1", "--out_dir", runs[-1], "--compile", launch=RANKS)
     plain, *others = ([line["train_loss"] for line in metrics(out)] for out in runs)
     for compiled in others:
-        np.testing.assert_allclose(compiled, plain, rtol=0, atol=1e-5)
+        assert_same_curve(plain, compiled, TOKENS, condition=MUON if more else 1)
     assert same_shapes(weights("out/plain/best.pt"), weights("out/compiled/best.pt"))  # no prefix in the names
 
 
@@ -482,11 +503,17 @@ def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
     assert train.main([*options, "--out_dir", "out/one"]) == 0
     done = script("train.py", *options, "--micro_batch_size", micro, "--out_dir", "out/two", launch=RANKS)
     assert "Warning" not in done.stderr
-    keys = ((False, "train_loss"), (False, "grad_norm"), (True, "val_loss"), (True, "val_bits_per_byte"))
-    for evaluations, key in keys:
-        one, two = ([line[key] for line in metrics(out, evaluations)] for out in ("out/one", "out/two"))
-        assert len(one) == (2 if evaluations else 20)
-        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    assert_same_curves("out/one", "out/two", 20, condition=MUON if more else 1)
+    assert len(metrics("out/two")) == 20 and len(metrics("out/two", evaluations=True)) == 2
+
+
+def assert_same_curves(one, two, steps, condition=1):
+    """Runs in these folders, of so many steps, learnt alike up to rounding: training, validation and gradients."""
+    moved = np.ptp([line["train_loss"] for line in metrics(one)])  # of the validation, too
+    for evaluations, key, far in ((False, "train_loss", moved), (False, "grad_norm", None), (True, "val_loss", moved),
+                                  (True, "val_bits_per_byte", moved)):
+        curves = ([line[key] for line in metrics(folder, evaluations)] for folder in (one, two))
+        assert_same_curve(*curves, TOKENS, steps, far, condition)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny, script):
@@ -495,7 +522,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, script):
     script("train.py", *options, "--max_steps", "9", launch=RANKS)
     assert train.main([*options, "--max_steps", "20", "--resume"]) == 0
     one, two = ([line["train_loss"] for line in metrics(out)] for out in ("out/one", "out/tiny"))
-    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    assert_same_curve(one, two, TOKENS)
 
 
 def test_more_ranks_than_sequences_is_refused_by_one_line(tiny, script):
