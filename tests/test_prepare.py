@@ -18,6 +18,7 @@ from conftest import ROOT
 import prepare
 from config import UserError
 from data import load_meta, load_tokenizer, load_tokens
+from lab import sources
 from prepare import encode_rows
 
 TRAIN = [" \n", " = Title = \n", " \n", " The cat sat on the mat . It 's <|endoftext|> 42 . \n", " naïve – Ω 日本語 \n"]
@@ -119,10 +120,10 @@ def test_every_kind_of_source_gives_the_same_tokens(encoding, tmp_path, make, se
 
 
 def test_one_text_file_is_split_between_rows(encoding, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK", 64)  # several blocks, so that their seams are tried too
+    monkeypatch.setattr(sources, "BLOCK", 64)  # several blocks, so that their seams are tried too
     rows = [f"row {i} ünd {'x' * (i % 7)}\n" for i in range(100)]
     (tmp_path / "book.txt").write_text("".join(rows), encoding="utf-8")
-    meta = prepare.prepare("book", tmp_path / "book.txt", data_dir=tmp_path / "data", val_fraction=0.2)
+    meta = prepare.prepare("book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.2)
     train, val = (load_tokens("book", split, tmp_path / "data").tolist() for split in ("train", "val"))
     assert train + val == slow_ids(encoding, rows, "none")
     assert 15 <= meta["splits"]["val"]["rows"] <= 25 and sum(s["rows"] for s in meta["splits"].values()) == 100
@@ -130,13 +131,13 @@ def test_one_text_file_is_split_between_rows(encoding, tmp_path, monkeypatch):
     spoiled[-4] = 0xFF  # in the validation part, whose bytes are counted from the file's beginning
     (tmp_path / "book.txt").write_bytes(spoiled)
     with pytest.raises(UserError, match=f"at byte {len(spoiled) - 4:,};"):
-        prepare.prepare("book", tmp_path / "book.txt", data_dir=tmp_path / "data", val_fraction=0.2, force=True)
+        prepare.prepare("book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.2, force=True)
     assert load_tokens("book", "train", tmp_path / "data").tolist() == train  # what was prepared before is untouched
 
 
 def test_a_cut_at_a_row_s_start_gives_no_row_to_both_parts(tmp_path):
     (tmp_path / "book.txt").write_text("ab\n" * 8)
-    meta = prepare.prepare("book", tmp_path / "book.txt", data_dir=tmp_path / "data", val_fraction=0.25)
+    meta = prepare.prepare("book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.25)
     assert [meta["splits"][split]["rows"] for split in ("train", "val")] == [6, 2]
 
 
@@ -161,7 +162,7 @@ def test_a_user_s_own_files_in_the_target_folder_are_left_alone(encoding, tmp_pa
     (tmp_path / "data").mkdir()
     folder = write_raw(tmp_path / "data/own")
     for force in (False, True):
-        prepare.prepare("own", folder, data_dir=tmp_path / "data", force=force)
+        prepare.prepare("own", folder, "none", tmp_path / "data", force=force)
         assert (folder / "wiki.train.raw").read_text(encoding="utf-8") == "".join(TRAIN)
         assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(encoding, TRAIN, "none")
     (folder / "meta.json").unlink()

@@ -1,0 +1,1 @@
+"""What the commands are built of; nothing here imports the commands."""
