@@ -4,8 +4,8 @@
     python prepare.py NAME --source FOLDER | ZIP | FILE
     python prepare.py NAME --hub OWNER/DATASET
 
-writes data/NAME/{train,val,test}.bin, raw little-endian uint16 as nanoGPT's, and meta.json with what
-they hold. docs/data.md says what is read, and how.
+writes data/NAME/{train,val,test}.bin, raw little-endian uint16 as nanoGPT's, and meta.json with
+what they hold. docs/data.md says what is read, and how.
 """
 
 import argparse
@@ -57,9 +57,9 @@ LONG_RUN = 100_000  # white space that is cut; tiktoken refuses runs of a millio
 def encode_rows(encoding, rows, separator):
     """Token ids of rows (a list of str), put end to end: (ids uint16, words, bytes).
 
-    Each row is encoded by itself. none: it is stripped. newline: it is kept as it is and ends in one
-    newline. endoftext: it is kept as it is, and id 50256 follows, which is no word and no byte. Rows
-    that are blank give nothing, and a byte-order mark at a row's start is dropped.
+    Each row is encoded by itself. none: it is stripped. newline: it is kept as it is and ends in
+    one newline. endoftext: it is kept as it is, and id 50256 follows, which is no word and no byte.
+    Rows that are blank give nothing, and a byte-order mark at a row's start is dropped.
     """
     texts = []
     words = nbytes = 0
@@ -98,8 +98,8 @@ def encode_apart(encoding, texts):
 
 
 def cut_long_runs(text):
-    """The text in parts whose ids are those of the whole, without a long run of white space before a
-    word: GPT-2's pattern leaves the last character of such a run to what follows."""
+    """The text in parts whose ids are those of the whole, none with a long run of white space
+    before a word: GPT-2's pattern leaves the last character of such a run to what follows."""
     half = LONG_RUN // 2
     if not any(text[i : i + half].isspace() for i in range(0, len(text), half)):
         return [text]
@@ -303,8 +303,8 @@ def check_request(dataset, source, options, data_dir):
 def prepare(dataset, source=None, separator=None, data_dir="data", **options):
     """Write a data set's token files and meta.json into data_dir/dataset, whole or not at all.
 
-    source: a path, None for the hub or the demo's own text. separator: None is newline for the demo,
-    none for WikiText, else endoftext. options: see Options. Raises UserError; returns meta.
+    source: a path, None for the hub or the demo's own text. separator: None for default_separator.
+    options: see Options. Raises UserError; returns meta.
     """
     options = Options(**options)
     path = check_request(dataset, source, options, data_dir)
@@ -320,7 +320,8 @@ def prepare(dataset, source=None, separator=None, data_dir="data", **options):
         if (folder / "meta.json").exists() and not options.force:
             return check_prepared(dataset, given, origin, options, data_dir)
         if not options.force and any((folder / f"{split}.bin").exists() for split in SPLITS):
-            raise UserError(f"{folder} holds token files without a meta.json; --force replaces them")
+            raise UserError(f"{folder} holds token files without a meta.json; "
+                            "--force replaces them")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         text = text or open_source(dataset, reading, origin, options)
@@ -351,28 +352,30 @@ def prepare(dataset, source=None, separator=None, data_dir="data", **options):
         print(f"{split:5} {counts['tokens']:>13,} tokens {counts['words']:>13,} words {counts['bytes']:>13,} bytes")
     mb = sum(counts["bytes"] for counts in meta["splits"].values()) / 1e6
     print(f"{folder} is prepared: separator {separator}, {mb:,.1f} MB in {time.time() - started:.1f} s")
-    if left_out := text.left_out.total() and ", ".join(f"{n:,} {why}" for why, n in text.left_out.items() if n):
-        print(f"left out: {left_out}")
+    if left_out := +text.left_out:
+        print(f"left out: {', '.join(f'{count:,} {why}' for why, count in left_out.items())}")
     return meta
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Turn text into token files under data/.", allow_abbrev=False)
     parser.add_argument("dataset", metavar="NAME", help="wikitext-103, wikitext-2, demo, or a name for your own text")
-    parser.add_argument("--source", help="text on disk: a folder, a zip, or one file of text, .jsonl or .parquet "
-                        "(.gz and .zst, too)")
-    parser.add_argument("--hub", metavar="OWNER/DATASET", help="a data set of the Hugging Face hub, read as it comes")
+    parser.add_argument("--source", metavar="PATH", help="text on disk: a folder, a zip, or one "
+                        "file of text, .jsonl or .parquet (.gz and .zst, too)")
+    parser.add_argument("--hub", metavar="OWNER/DATASET",
+                        help="a data set of the Hugging Face hub, encoded while it is downloaded")
     parser.add_argument("--config", help="its configuration")
     parser.add_argument("--revision", help="its branch, tag or commit (default: the newest)")
-    parser.add_argument("--column", default="text", help="of .jsonl, .parquet and the hub (default text)")
+    parser.add_argument("--column", default="text",
+                        help="of .jsonl, .parquet and the hub (default text)")
     parser.add_argument("--separator", choices=("none", "newline", "endoftext"),
-                        help="what stands between rows (default: none for WikiText, newline for the demo; else "
-                        "endoftext, which keeps each document as it is, and marks its end)")
+                        help="between rows: endoftext keeps each document as it is and marks its "
+                        "end (default, but none for WikiText and newline for the demo)")
     parser.add_argument("--data_dir", default="data", help="where data sets lie (default data)")
     parser.add_argument("--num_workers", type=int, default=0, help="threads that encode (default: one a core)")
     parser.add_argument("--val_fraction", type=float, default=0.05,
-                        help="of a text without a validation split: the end of a text, every 20th row or file for the "
-                        "default 0.05")
+                        help="of a text without a validation split (default 0.05: of a text its "
+                        "last twentieth, of rows and of many files every 20th)")
     parser.add_argument("--force", action="store_true", help="replace what is prepared")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

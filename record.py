@@ -22,7 +22,7 @@ from config import UserError
 from data import load_tokenizer
 from model import load_checkpoint
 from report import read_json, read_metrics, write_entry, write_text
-from sample import generate
+from sample import end_of_text, generate, prompt_ids, until_end
 
 SAMPLE_TOKENS = 60  # of each prompt's continuation
 
@@ -267,7 +267,7 @@ class Record:
         """A checkpoint: tensors, dicts, lists, strings and numbers only."""
         model = self.training.model
         return dict(model=model.state_dict(), model_args=model.args, tokenizer=self.meta["tokenizer"],
-                    step=self.state.step, config=self.settings(), **more)
+                    separator=self.meta["separator"], step=self.state.step, config=self.settings(), **more)
 
     def settings(self):
         """The config as a dict of what JSON and a checkpoint can hold."""
@@ -314,11 +314,13 @@ class Record:
         except UserError as error:  # data prepared elsewhere, and no way to tiktoken's files here
             self.machine.say(f"warning: no samples for the notebook: {error}", file=sys.stderr)
             return {}
-        ids = [encoding.encode_ordinary(prompt) or encoding.encode_ordinary("\n") for prompt in prompts]
+        end = end_of_text(self.meta, encoding)
+        ids = [prompt_ids(prompt, encoding, end) for prompt in prompts]
         model.eval()
         steps = [new for new, _ in generate(model, ids, SAMPLE_TOKENS, vocab_size=encoding.n_vocab)]
         model.train()
-        return {"samples": [[prompt, encoding.decode([new[i] for new in steps])] for i, prompt in enumerate(prompts)]}
+        rows = [until_end(list(row), end) for row in zip(*steps, strict=True)]
+        return {"samples": [[prompt, encoding.decode(row)] for prompt, row in zip(prompts, rows, strict=True)]}
 
 
 def board(config):

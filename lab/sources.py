@@ -47,6 +47,7 @@ CUT = re.compile(
     rf"(?s).*(?:\S(?=[{WHITE}]{{1,99}}\S)"
     r"|[A-Za-z0-9\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3](?=[!-/:-@\[-`{-~。，！？]))"
 )
+CONTROL = "[\x00-\x08\x0e-\x1a\x1c-\x1f]"  # characters that no text has
 CUT_REACH = 100  # characters that CUT looks at around a place
 
 
@@ -125,12 +126,50 @@ def open_zstandard(where, stored):
         import zstandard
     except ImportError:
         raise UserError(f"{where} needs a package: `pip install zstandard`") from None
-    reader = zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     try:
-        with io.BufferedReader(reader, BLOCK) as stream:
+        with io.BufferedReader(Frames(stored, decompressor.decompressobj), BLOCK) as stream:
             yield stream
     except zstandard.ZstdError as error:
         raise UserError(f"{where} is damaged ({first_line(error)}); bring a whole copy") from None
+
+
+class Frames(io.RawIOBase):
+    """What a .zst file's frames unpack to; zstandard's own reader takes a cut one for whole."""
+
+    def __init__(self, stored, new_frame):
+        self.stored = stored
+        self.new_frame = new_frame
+        self.frame = None
+        self.packed = self.ready = b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.ready:
+            self.packed = self.packed or self.stored.read(BLOCK // 8)
+            if not self.packed and self.frame and not self.frame.eof:
+                raise EOFError("the .zst file ends amid a frame")
+            if not self.packed:
+                return 0
+            if not self.frame or self.frame.eof:
+                self.frame = self.new_frame()
+            self.ready = self.frame.decompress(self.packed)
+            self.packed = self.frame.unused_data
+        count = min(len(buffer), len(self.ready))
+        buffer[:count] = self.ready[:count]
+        self.ready = self.ready[count:]
+        return count
+
+
+def skip(stream, count):
+    """Move a stream that is at its start on by count bytes."""
+    if stream.seekable():
+        stream.seek(count)
+        return
+    while count:
+        count -= len(stream.read(min(count, BLOCK)))
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -142,13 +181,12 @@ def guess_encoding(raw):
                        (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
         if raw.startswith(mark):
             return name
-    even = raw[::2].count(0)
-    odd = raw[1::2].count(0)
-    if odd and not even:
-        return "UTF-16LE"
-    if even and not odd:
-        return "UTF-16BE"
-    if re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", raw):
+    # every other byte of a space or a line end is 0 there, and always the same one
+    for name, first in (("UTF-16LE", 1), ("UTF-16BE", 0)):
+        text = codecs.getincrementaldecoder(name)("replace").decode(raw)
+        if 0 in raw[first::2] and 0 not in raw[1 - first :: 2] and not re.search(CONTROL, text):
+            return name
+    if re.search(CONTROL, raw.decode("latin-1")):
         return ""
     return "WINDOWS-1252" if re.search(rb"[\x80-\x9f]", raw) else "LATIN1"
 
@@ -173,8 +211,7 @@ def read_chunks(file, start=0, end=None):
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = start
     with file.open() as stream:
-        if start:
-            stream.seek(start)
+        skip(stream, start)
         while True:
             raw = stream.read(BLOCK if end is None else min(BLOCK, end - position))
             # ASCII in UTF-16 is valid UTF-8, every other character a NUL
@@ -469,7 +506,7 @@ def break_in_file(file, wanted, size, lines):
     reach = 1 << 20
     start = max(0, wanted - reach)
     with file.open() as stream:
-        stream.seek(start)
+        skip(stream, start)
         window = stream.read(min(wanted + reach, size) - start)
     text = window.decode("latin-1")  # a character a byte
     if start:

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import hashlib
 import http.server
@@ -300,7 +301,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """What load_dataset asks of the Hugging Face hub, in the real repository's layout; files: path -> bytes."""
 
     protocol_version = "HTTP/1.1"
-    base = f"/datasets/{prepare.HUB}"
+    repository, base, files = "", "", {}
 
     def answer(self, body=b"", status=200, **headers):
         self.send_response(status)
@@ -334,7 +335,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer_json([self.entry(f"{under}/{name}".strip("/")) for name in sorted(inside)])
         if path.startswith(f"/api{self.base}"):
             siblings = [{"rfilename": name} for name in self.files]
-            return self.answer_json({"id": prepare.HUB, "sha": prepare.REVISION, "siblings": siblings, "private": False,
+            return self.answer_json({"id": self.repository, "sha": prepare.REVISION, "siblings": siblings, "private": False,
                                      "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
         self.answer(status=404)
 
@@ -353,9 +354,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def serve(tmp_path, repository, files):
+    """A stand-in hub on loopback that holds a repository, {path: bytes}: the env to use it."""
+    handler = type("H", (Hub,), {"files": files, "repository": repository, "base": f"/datasets/{repository}"})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
+           "HF_HUB_DISABLE_TELEMETRY": "1"}
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def hub(tmp_path):
-    """A stand-in hub on loopback that holds WikiText's repository with small parquet files: the env to use it."""
+    """The env to use a hub that holds WikiText's repository with small parquet files."""
     (tmp_path / "shards").mkdir()
     as_shards(tmp_path / "shards")
     pq.write_table(pa.table({"text": VAL[:1]}), tmp_path / "shards/test-00000-of-00001.parquet")
@@ -367,12 +380,8 @@ def hub(tmp_path):
             readme += f"  - split: {split}\n    path: {config}/{split}-*\n"
         files |= {f"{config}/{f.name}": f.read_bytes() for f in (tmp_path / "shards").iterdir()}
     files["README.md"] = f"{readme}---\n# wikitext\n".encode()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Hub,), {"files": files}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
-           "HF_HUB_DISABLE_TELEMETRY": "1"}
-    server.shutdown()
-    server.server_close()
+    with serve(tmp_path, prepare.HUB, files) as env:
+        yield env
 
 
 def test_wikitext_from_the_hub(encoding, tmp_path, hub, script):
@@ -389,3 +398,34 @@ def test_no_hub_is_one_line_that_names_the_host(tmp_path, script):
     done = script("prepare.py", "wikitext-103", env=env, code=2)
     assert "127.0.0.1:9" in done.stderr and "--source" in done.stderr
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_any_data_set_of_the_hub(encoding, tmp_path, script):
+    """Streamed, with every 20th row for validation where there is no such split."""
+    stories = [f"Story {i}.\n\n  It ends." for i in range(50)]
+    pq.write_table(pa.table({"story": stories}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"text": stories[:2]}), tmp_path / "e.parquet")
+    readme = "---\nconfigs:\n"
+    for config, split, path in (("all", "train", "data/train-*"), ("two", "test", "two/test-*")):
+        readme += f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {path}\n"
+    files = {"README.md": f"{readme}---\n".encode(),
+             "data/train-00000-of-00001.parquet": (tmp_path / "t.parquet").read_bytes(),
+             "two/test-00000-of-00001.parquet": (tmp_path / "e.parquet").read_bytes()}
+    with serve(tmp_path, "someone/Stories", files) as env:
+        def run(*words, **kwargs):
+            return script("prepare.py", "stories", "--hub", "someone/Stories", *words, env=env, **kwargs)
+
+        assert "is prepared" in run("--config", "all", "--column", "story").stdout
+        train, val = (load_tokens("stories", split, tmp_path / "data").tolist() for split in ("train", "val"))
+        assert val == [id for i in (19, 39) for id in [*encoding.encode_ordinary(stories[i]), 50256]]
+        assert train.count(50256) == 48
+        source = load_meta("stories", tmp_path / "data")["source"]
+        assert source["name"] == "someone/Stories all" and source["revision"] == prepare.REVISION
+        assert "'all', 'two'" in run("--force", code=2).stderr  # which --config there is
+        assert "--column takes one of story" in run("--config", "all", "--force", code=2).stderr
+        assert "no train split, only test" in run("--config", "two", "--force", code=2).stderr
+    words = ["--hub", "someone/Stories", "--config", "all", "--column", "story"]
+    again = script("prepare.py", "stories", *words, env=env)
+    assert "already prepared" in again.stdout  # without a hub
+    assert load_tokens("stories", "train", tmp_path / "data").tolist() == train
+    assert "two places" in script("prepare.py", "own", "--hub", "x/y", "--source", "z", code=2).stderr
