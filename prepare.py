@@ -86,13 +86,13 @@ def encode_apart(encoding, texts):
     One call for each text would spend a third of the time between calls. So they are joined by the
     token that tiktoken splits at before it looks at anything else, unless one of them spells it.
     """
-    parts = [cut_long_runs(text) for text in texts]
-    if all(len(cut) == 1 and END not in cut[0] for cut in parts):
+    if not any(END in text or len(cut_long_runs(text)) > 1 for text in texts):
         joined = "".join(text + END for text in texts)
         return encoding.encode_to_numpy(joined, allowed_special={END})
     ids = [np.empty(0, np.uint32)]
-    for cut in parts:
-        ids += [encoding.encode_to_numpy(part, disallowed_special=()) for part in cut]
+    for text in texts:
+        ids += [encoding.encode_to_numpy(part, disallowed_special=())
+                for part in cut_long_runs(text)]
         ids.append(np.array([END_ID], np.uint32))
     return np.concatenate(ids)
 
@@ -101,7 +101,7 @@ def cut_long_runs(text):
     """The text in parts whose ids are those of the whole, none with a long run of white space
     before a word: GPT-2's pattern leaves the last character of such a run to what follows."""
     half = LONG_RUN // 2
-    if not any(text[i : i + half].isspace() for i in range(0, len(text), half)):
+    if len(text) < half or not any(text[i : i + half].isspace() for i in range(0, len(text), half)):
         return [text]
     runs = re.finditer(rf"[{WHITE}]{{{half},}}", text)
     cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
@@ -374,8 +374,8 @@ def main(argv=None):
     parser.add_argument("--data_dir", default="data", help="where data sets lie (default data)")
     parser.add_argument("--num_workers", type=int, default=0, help="threads that encode (default: one a core)")
     parser.add_argument("--val_fraction", type=float, default=0.05,
-                        help="of a text without a validation split (default 0.05: of a text its "
-                        "last twentieth, of rows and of many files every 20th)")
+                        help="of a text without a validation split (default 0.05: the end of a "
+                        "text, every 20th row, or whole files where there are 20)")
     parser.add_argument("--force", action="store_true", help="replace what is prepared")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -462,13 +462,19 @@ def divide_few(rows, val_fraction):
 def divide_texts(files, val_fraction):
     """[(split, file, start, end)] of text files without a validation split, in bytes.
 
-    Of FEW files or more each goes to one split by its number; else the text is divided inside the
-    file that the cut falls into, between lines if that has FEW of them.
+    Of FEW files or more each goes to one split, so that val_fraction of the bytes are val's; else
+    the text is divided inside the file that the cut falls into, between lines if it has FEW.
     """
     if len(files) >= FEW:
-        parts = [("val" if belongs_to_val(i, val_fraction) else "train", file, 0, None)
-                 for i, file in enumerate(files)]
-        if all(split == "train" for split, *_ in parts):
+        parts = []
+        seen = val = 0
+        for file in files:
+            size = file.size()
+            seen += size
+            to_val = val + size / 2 <= val_fraction * seen
+            val += size * to_val
+            parts.append(("val" if to_val else "train", file, 0, None))
+        if not val:
             parts[-1] = ("val", *parts[-1][1:])
         return parts
     sizes = [measure(file) for file in files]
