@@ -48,6 +48,7 @@ HUB = "Salesforce/wikitext"
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 END = "<|endoftext|>"
 END_ID = 50256
+IS_SPACE = np.array([chr(i).isspace() for i in range(0x3002)])  # no later character is one
 LONG_RUN = 100_000  # white space that is cut; tiktoken refuses runs of a million
 
 
@@ -62,7 +63,7 @@ def encode_rows(encoding, rows, separator):
     Rows that are blank give nothing, and a byte-order mark at a row's start is dropped.
     """
     texts = []
-    words = nbytes = 0
+    nbytes = 0
     for row in rows:
         text = row.removeprefix("\ufeff")
         if not text.strip():
@@ -72,12 +73,19 @@ def encode_rows(encoding, rows, separator):
         elif separator == "newline":
             text = text.removesuffix("\n") + "\n"
         texts.append(text)
-        words += len(text.split())
         nbytes += len(text.encode())
     ids = encode_apart(encoding, texts)
+    words = count_words(texts)
     if separator != "endoftext":
         ids = ids[ids != END_ID]
     return ids.astype("<u2"), words, nbytes
+
+
+def count_words(texts):
+    """What str.split finds in texts, in half its time and without the interpreter's lock."""
+    characters = np.frombuffer("\n".join(["", *texts]).encode("utf-32-le"), np.uint32)
+    space = IS_SPACE[np.minimum(characters, len(IS_SPACE) - 1)]
+    return int(np.count_nonzero(space[:-1] > space[1:]))
 
 
 def encode_apart(encoding, texts):
