@@ -335,8 +335,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer_json([self.entry(f"{under}/{name}".strip("/")) for name in sorted(inside)])
         if path.startswith(f"/api{self.base}"):
             siblings = [{"rfilename": name} for name in self.files]
-            return self.answer_json({"id": self.repository, "sha": prepare.REVISION, "siblings": siblings, "private": False,
-                                     "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
+            return self.answer_json({"id": self.repository, "sha": prepare.REVISION, "siblings": siblings,
+                                     "private": False, "gated": False, "disabled": False, "tags": [],
+                                     "downloads": 0, "likes": 0})
         self.answer(status=404)
 
     do_HEAD = do_GET
