@@ -23,7 +23,7 @@ from data import load_tokenizer
 from model import load_checkpoint
 from optimizer import warmup_of
 from report import perplexity, read_json, read_metrics, write_entry, write_text
-from sample import generate
+from sample import end_of_text, generate, prompt_ids, until_end
 
 SAMPLE_TOKENS = 60  # of each prompt's continuation
 
@@ -295,7 +295,7 @@ class Record:
         """A checkpoint: tensors, dicts, lists, strings and numbers only."""
         model = self.training.model
         return dict(model=model.state_dict(), model_args=model.args, tokenizer=self.meta["tokenizer"],
-                    step=self.state.step, config=settings_of(self.config), **more)
+                    separator=self.meta["separator"], step=self.state.step, config=settings_of(self.config), **more)
 
     def save(self):
         """Write last.pt, unless it holds this very state; what it held becomes prev.pt."""
@@ -338,11 +338,13 @@ class Record:
         except UserError as error:  # data prepared elsewhere, and no way to tiktoken's files here
             warn(f"no samples for the notebook: {error}")
             return {}
-        ids = [encoding.encode_ordinary(prompt) or encoding.encode_ordinary("\n") for prompt in prompts]
+        end = end_of_text(self.meta, encoding)
+        ids = [prompt_ids(prompt, encoding, end) for prompt in prompts]
         model.eval()
         steps = [new for new, _ in generate(model, ids, SAMPLE_TOKENS, vocab_size=encoding.n_vocab)]
         model.train()
-        return {"samples": [[prompt, encoding.decode([new[i] for new in steps])] for i, prompt in enumerate(prompts)]}
+        rows = [until_end(list(row), end) for row in zip(*steps, strict=True)]
+        return {"samples": [[prompt, encoding.decode(row)] for prompt, row in zip(prompts, rows, strict=True)]}
 
 
 def board(config):

@@ -128,27 +128,51 @@ class Printer:
         sys.stdout.flush()
 
 
-def say(model, encoding, prompts, args):
-    """Continue prompts (a list of str) num_samples times each and print what comes; a line about the speed."""
-    ids = [encoding.encode_ordinary(prompt) or encoding.encode_ordinary("\n") for prompt in prompts]
+def end_of_text(checkpoint, encoding):
+    """The id with which a model ends a text, None for one whose data set had no such id."""
+    return encoding.eot_token if checkpoint.get("separator") == "endoftext" else None
+
+
+def prompt_ids(prompt, encoding, end):
+    """A prompt's ids. An empty one is the end of the text before, where the model knows that."""
+    return encoding.encode_ordinary(prompt) or ([198] if end is None else [end])
+
+
+def until_end(ids, end):
+    """Those of the ids that come before the first end of text."""
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def say(model, encoding, prompts, args, end=None):
+    """Continue prompts (a list of str) num_samples times each and print what comes; a line about the speed.
+
+    end: the id that ends a text and is not printed. A text's logprob is of the ids before it.
+    """
+    ids = [prompt_ids(prompt, encoding, end) for prompt in prompts]
     if (largest := max(map(max, ids))) >= model.args["vocab_size"]:
         raise UserError(f"the prompt holds id {largest}, past this model's vocabulary of {model.args['vocab_size']:,}; "
                         "its data set had another tokenizer")
     batch = [prompt for prompt in ids for _ in range(args.num_samples)]
     added, logprobs = [[] for _ in batch], [0.0] * len(batch)
+    ended, steps = [False] * len(batch), 0
     stream = Printer(encoding) if len(batch) == 1 and args.format == "text" else None
     if stream:
-        stream(batch[0])
+        stream(until_end(batch[0], end))
     started, first = time.perf_counter(), None
     for new, logprob in generate(model, batch, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                                  args.repetition_penalty, args.seed, encoding.n_vocab):
         first = first or time.perf_counter()
+        steps += 1
         for i in range(len(batch)):
-            added[i].append(new[i])
-            logprobs[i] += logprob[i]
+            ended[i] = ended[i] or new[i] == end
+            if not ended[i]:
+                added[i].append(new[i])
+                logprobs[i] += logprob[i]
+        if all(ended):
+            break
         if stream:
             stream(new)
-    seconds, steps = time.perf_counter() - first, args.max_new_tokens - 1
+    seconds, steps = time.perf_counter() - first, steps - 1
     if stream:
         stream(final=True)
     for i, (prompt, more, logprob) in enumerate(zip(batch, added, logprobs, strict=True)):
@@ -156,7 +180,7 @@ def say(model, encoding, prompts, args):
             prompt_text = prompts[i // args.num_samples]
             print(json.dumps(dict(prompt=prompt_text, text=encoding.decode(more), tokens=more, logprob=logprob)))
         elif not stream:
-            print(("\n---\n" if i else "") + encoding.decode(prompt + more))
+            print(("\n---\n" if i else "") + encoding.decode(until_end(prompt, end) + more))
     sys.stdout.flush()
     began = started if args.interactive else BEGAN
     speed = f", then {steps * len(batch) / seconds:,.1f} tokens/s" if steps else ""
@@ -174,7 +198,7 @@ def read_text(path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print text from a trained model.", allow_abbrev=False)
-    parser.add_argument("--start", default="\n", help="what the text begins with, or FILE:path to read it from")
+    parser.add_argument("--start", default="", help="what the text begins with, or FILE:path to read it from")
     parser.add_argument("--prompts", metavar="FILE", help="a file with a prompt a line, continued as one batch")
     parser.add_argument("--interactive", action="store_true", help="read a prompt a line from standard input")
     parser.add_argument("--out_dir", type=os.path.expanduser,
@@ -188,7 +212,8 @@ def main(argv=None):
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: against repeats (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="text i draws with seed + i (default 0)")
     parser.add_argument("--format", choices=("text", "jsonl"), default="text",
-                        help="jsonl: a line a text, with prompt, text, tokens (ids) and logprob (nats)")
+                        help="jsonl: a line a text, with prompt, text, tokens (ids) and logprob (nats); none of them "
+                        "has the id that ends a text")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: cuda where there is one)")
     args = parser.parse_args(argv)
     if args.device == "auto":
@@ -223,14 +248,15 @@ def main(argv=None):
     if args.device == "cpu" and args.num_samples * len(prompts) == 1:
         lay_out_for_one(model)
     encoding = load_tokenizer()
+    end = end_of_text(checkpoint, encoding)
     if not args.interactive:
-        return say(model, encoding, prompts, args)
+        return say(model, encoding, prompts, args, end)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:  # Ctrl-D
             return print(file=sys.stderr)
-        say(model, encoding, [line.rstrip("\r\n")], args)
+        say(model, encoding, [line.rstrip("\r\n")], args, end)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import hashlib
 import http.server
@@ -20,6 +21,7 @@ from conftest import ROOT
 import prepare
 from config import UserError
 from data import load_meta, load_tokenizer, load_tokens
+from lab import sources
 from lab.files import Lock
 from prepare import encode_rows
 
@@ -127,10 +129,10 @@ def left_in(folder):
 
 
 def test_one_text_file_is_split_between_rows(encoding, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK", 64)  # several blocks, so that their seams are tried too
+    monkeypatch.setattr(sources, "BLOCK", 64)  # several blocks, so that their seams are tried too
     rows = [f"row {i} ünd {'x' * (i % 7)}\n" for i in range(100)]
     (tmp_path / "book.txt").write_text("".join(rows), encoding="utf-8")
-    meta = prepare.prepare("book", tmp_path / "book.txt", data_dir=tmp_path / "data", val_fraction=0.2)
+    meta = prepare.prepare("book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.2)
     train, val = (load_tokens("book", split, tmp_path / "data").tolist() for split in ("train", "val"))
     assert train + val == slow_ids(encoding, rows, "none")
     assert 15 <= meta["splits"]["val"]["rows"] <= 25 and sum(s["rows"] for s in meta["splits"].values()) == 100
@@ -138,13 +140,13 @@ def test_one_text_file_is_split_between_rows(encoding, tmp_path, monkeypatch):
     spoiled[-4] = 0xFF  # in the validation part, whose bytes are counted from the file's beginning
     (tmp_path / "book.txt").write_bytes(spoiled)
     with pytest.raises(UserError, match=f"at byte {len(spoiled) - 4:,};"):
-        prepare.prepare("book", tmp_path / "book.txt", data_dir=tmp_path / "data", val_fraction=0.2, force=True)
+        prepare.prepare("book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.2, force=True)
     assert load_tokens("book", "train", tmp_path / "data").tolist() == train  # what was prepared before is untouched
 
 
 def test_a_cut_at_a_row_s_start_gives_no_row_to_both_parts(tmp_path):
     (tmp_path / "book.txt").write_text("ab\n" * 8)
-    meta = prepare.prepare("book", tmp_path / "book.txt", data_dir=tmp_path / "data", val_fraction=0.25)
+    meta = prepare.prepare("book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.25)
     assert [meta["splits"][split]["rows"] for split in ("train", "val")] == [6, 2]
 
 
@@ -169,7 +171,7 @@ def test_a_user_s_own_files_in_the_target_folder_are_left_alone(encoding, tmp_pa
     (tmp_path / "data").mkdir()
     folder = write_raw(tmp_path / "data/own")
     for force in (False, True):
-        prepare.prepare("own", folder, data_dir=tmp_path / "data", force=force)
+        prepare.prepare("own", folder, "none", tmp_path / "data", force=force)
         assert (folder / "wiki.train.raw").read_text(encoding="utf-8") == "".join(TRAIN)
         assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(encoding, TRAIN, "none")
     (folder / "meta.json").unlink()
@@ -192,13 +194,14 @@ def test_a_linked_folder_is_written_into(tmp_path, elsewhere, encoding):
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         (tmp_path / "data").mkdir()
         (tmp_path / "data/own").symlink_to(folder)
-        prepare.prepare("own", write_raw(tmp_path / "src"), data_dir=tmp_path / "data")
+        prepare.prepare("own", write_raw(tmp_path / "src"), separator="none", data_dir=tmp_path / "data")
         spoiled = write_raw(tmp_path / "spoiled")
         (spoiled / "wiki.valid.raw").write_bytes(b"\xff")
         with pytest.raises(UserError):
-            prepare.prepare("own", spoiled, data_dir=tmp_path / "data", force=True)
+            prepare.prepare("own", spoiled, separator="none", data_dir=tmp_path / "data", force=True)
         assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(encoding, TRAIN, "none")
-        prepare.prepare("own", write_raw(tmp_path / "src", val=["else here\n"]), data_dir=tmp_path / "data", force=True)
+        source = write_raw(tmp_path / "src", val=["else here\n"])
+        prepare.prepare("own", source, "none", tmp_path / "data", force=True)
         assert load_tokens("own", "val", tmp_path / "data").tolist() == slow_ids(encoding, ["else here\n"], "none")
         assert (tmp_path / "data/own").is_symlink()
         assert sorted(os.listdir(folder)) == ["meta.json", "train.bin", "val.bin"]
@@ -356,7 +359,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """What load_dataset asks of the Hugging Face hub, in the real repository's layout; files: path -> bytes."""
 
     protocol_version = "HTTP/1.1"
-    base = f"/datasets/{prepare.HUB}"
+    repository, base, files = "", "", {}
 
     def answer(self, body=b"", status=200, **headers):
         self.send_response(status)
@@ -390,8 +393,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer_json([self.entry(f"{under}/{name}".strip("/")) for name in sorted(inside)])
         if path.startswith(f"/api{self.base}"):
             siblings = [{"rfilename": name} for name in self.files]
-            return self.answer_json({"id": prepare.HUB, "sha": prepare.REVISION, "siblings": siblings, "private": False,
-                                     "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
+            return self.answer_json({"id": self.repository, "sha": prepare.REVISION, "siblings": siblings,
+                                     "private": False, "gated": False, "disabled": False, "tags": [],
+                                     "downloads": 0, "likes": 0})
         self.answer(status=404)
 
     do_HEAD = do_GET
@@ -409,9 +413,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def serve(tmp_path, repository, files):
+    """A stand-in hub on loopback that holds a repository, {path: bytes}: the env to use it."""
+    handler = type("H", (Hub,), {"files": files, "repository": repository, "base": f"/datasets/{repository}"})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
+           "HF_HUB_DISABLE_TELEMETRY": "1"}
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def hub(tmp_path):
-    """A stand-in hub on loopback that holds WikiText's repository with small parquet files: the env to use it."""
+    """The env to use a hub that holds WikiText's repository with small parquet files."""
     (tmp_path / "shards").mkdir()
     as_shards(tmp_path / "shards")
     pq.write_table(pa.table({"text": VAL[:1]}), tmp_path / "shards/test-00000-of-00001.parquet")
@@ -423,12 +439,8 @@ def hub(tmp_path):
             readme += f"  - split: {split}\n    path: {config}/{split}-*\n"
         files |= {f"{config}/{f.name}": f.read_bytes() for f in (tmp_path / "shards").iterdir()}
     files["README.md"] = f"{readme}---\n# wikitext\n".encode()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Hub,), {"files": files}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
-           "HF_HUB_DISABLE_TELEMETRY": "1"}
-    server.shutdown()
-    server.server_close()
+    with serve(tmp_path, prepare.HUB, files) as env:
+        yield env
 
 
 def test_wikitext_from_the_hub(encoding, tmp_path, hub, script):
@@ -445,3 +457,34 @@ def test_no_hub_is_one_line_that_names_the_host(tmp_path, script):
     done = script("prepare.py", "wikitext-103", env=env, code=2)
     assert "127.0.0.1:9" in done.stderr and "--source" in done.stderr
     assert not left_in(tmp_path / "data")
+
+
+def test_any_data_set_of_the_hub(encoding, tmp_path, script):
+    """Streamed, with every 20th row for validation where there is no such split."""
+    stories = [f"Story {i}.\n\n  It ends." for i in range(50)]
+    pq.write_table(pa.table({"story": stories}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"text": stories[:2]}), tmp_path / "e.parquet")
+    readme = "---\nconfigs:\n"
+    for config, split, path in (("all", "train", "data/train-*"), ("two", "test", "two/test-*")):
+        readme += f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {path}\n"
+    files = {"README.md": f"{readme}---\n".encode(),
+             "data/train-00000-of-00001.parquet": (tmp_path / "t.parquet").read_bytes(),
+             "two/test-00000-of-00001.parquet": (tmp_path / "e.parquet").read_bytes()}
+    with serve(tmp_path, "someone/Stories", files) as env:
+        def run(*words, **kwargs):
+            return script("prepare.py", "stories", "--hub", "someone/Stories", *words, env=env, **kwargs)
+
+        assert "is prepared" in run("--config", "all", "--column", "story").stdout
+        train, val = (load_tokens("stories", split, tmp_path / "data").tolist() for split in ("train", "val"))
+        assert val == [id for i in (19, 39) for id in [*encoding.encode_ordinary(stories[i]), 50256]]
+        assert train.count(50256) == 48
+        source = load_meta("stories", tmp_path / "data")["source"]
+        assert source["name"] == "someone/Stories all" and source["revision"] == prepare.REVISION
+        assert "'all', 'two'" in run("--force", code=2).stderr  # which --config there is
+        assert "--column takes one of story" in run("--config", "all", "--force", code=2).stderr
+        assert "no train split, only test" in run("--config", "two", "--force", code=2).stderr
+    words = ["--hub", "someone/Stories", "--config", "all", "--column", "story"]
+    again = script("prepare.py", "stories", *words, env=env)
+    assert "already prepared" in again.stdout  # without a hub
+    assert load_tokens("stories", "train", tmp_path / "data").tolist() == train
+    assert "two places" in script("prepare.py", "own", "--hub", "x/y", "--source", "z", code=2).stderr

@@ -246,3 +246,27 @@ def test_mistakes_are_one_line(script, checkpoint, tmp_path):
     save_checkpoint(dict(model=small.state_dict(), model_args=small.args, step=7), checkpoint)
     with pytest.raises(UserError, match="past this model's vocabulary of 60"):
         sample.main(["--start", "The cat sat"])
+
+
+def test_a_text_ends_where_the_model_says_so(checkpoint, capsys, monkeypatch, tmp_path):
+    encoding = load_tokenizer()
+    cat, end = encoding.encode_ordinary(" cat sat on"), encoding.eot_token
+    said = [[cat[0], cat[0]], [cat[1], end], [end, cat[2]], [cat[2], cat[2]]]  # a list a step, of two rows
+    asked = []
+
+    def fake(model, prompts, *args):
+        asked.append(prompts)
+        yield from (([ids[i] for i in range(len(prompts))], [-1.0] * len(prompts)) for ids in said)
+
+    monkeypatch.setattr(sample, "generate", fake)
+    assert say(capsys, "--start", "The").out == "The cat sat<|endoftext|> on\n"  # a checkpoint that knows no such end
+    saved = torch.load(checkpoint, weights_only=True)
+    save_checkpoint(saved | {"separator": "endoftext"}, checkpoint)
+    assert say(capsys, "--start", "The").out == "The cat sat\n"
+    assert say(capsys).out == " cat sat\n" and asked[-1] == [[end]]
+    (tmp_path / "prompts.txt").write_text("The\nA\n")
+    assert say(capsys, "--prompts", "prompts.txt").out == "The cat sat\n\n---\nA cat\n"
+    lines = say(capsys, "--prompts", "prompts.txt", "--format", "jsonl").out.splitlines()
+    texts = [json.loads(line) for line in lines]
+    assert [text["text"] for text in texts] == [" cat sat", " cat"]
+    assert [(text["tokens"], text["logprob"]) for text in texts] == [(cat[:2], -2.0), (cat[:1], -1.0)]
