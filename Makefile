@@ -17,6 +17,7 @@ test-cuda: .venv/installed-dev
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check --quiet .
 
 setup: .venv/installed-dev
 

@@ -1,8 +1,10 @@
 """Demo: does everything work here?
 
-Question: what does a small model learn from one pass over Python's own documentation, in about a minute?
+Question: what does a small model learn from one pass over Python's own documentation, in about a
+minute?
     4 x 128 = 512 tokens a step, about 240 steps
-Expected: a loss that falls from ln(50,257) = 10.8 to below 6, and text that looks like documentation from afar.
+Expected: a loss that falls from ln(50,257) = 10.8 to below 6, and text that looks like
+documentation from afar.
 """
 
 dataset = "demo"

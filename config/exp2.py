@@ -1,9 +1,12 @@
 """Experiment 2: was experiment 1 starved of data, or too small?
 
-Question: the same 869,153 parameters on WikiText-103, 49 times the tokens. If the text is still poor, size is to blame.
-    D = 115,716,078 training tokens an epoch, D / N = 133; Chinchilla asks for 20, so 6.7 times over in one epoch
+Question: the same 869,153 parameters on WikiText-103, 49 times the tokens. If the text is still
+poor, size is to blame.
+    D = 115,716,078 training tokens an epoch, D / N = 133; Chinchilla asks for 20, so 6.7
+        times over in one epoch
     32 x 512 = 16,384 tokens a step, 7,063 steps an epoch
-Expected: one epoch is enough to be past Chinchilla's ratio; no perplexity given. The run recorded went on for 10.
+Expected: one epoch is enough to be past Chinchilla's ratio; no perplexity given. The run recorded
+went on for 10.
 Recorded: validation perplexity 364.71 at epoch 10, still falling.
 """
 

@@ -1,10 +1,12 @@
 """Experiment 5: does depth keep the topic?
 
-Question: experiment 4 reached 46 by width, yet the topic drifted after 15 to 20 words. Twice the layers at the same
-width: 19,365,713 parameters (the notebook first wrote about 28 M).
-    D = 115,716,078 training tokens an epoch, D / N = 6.0; Chinchilla's optimum N = 5.8 M, so 3.3 times over
+Question: experiment 4 reached 46 by width, yet the topic drifted after 15 to 20 words. Twice the
+layers at the same width: 19,365,713 parameters (the notebook first wrote about 28 M).
+    D = 115,716,078 training tokens an epoch, D / N = 6.0; Chinchilla's optimum N = 5.8 M, so
+        3.3 times over
     32 x 512 = 16,384 tokens a step, 7,063 steps an epoch
-Expected: validation perplexity 35 to 42, less topic drift. Meant as "a 12 hours kinda run", patience 5.
+Expected: validation perplexity 35 to 42, less topic drift. Meant as "a 12 hours kinda run",
+patience 5.
 Recorded: nothing yet.
 """
 

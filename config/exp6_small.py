@@ -1,11 +1,14 @@
 """Experiment 6 at experiment 3's size: does the recipe hold at width 128?
 
-Question: experiment 6's parts were chosen at experiment 1's size, where the embedding is 93 % of the parameters. Do
-they lower the loss of experiment 3's parameters and tokens too? 7,335,137 parameters of experiment 3's 7,342,033.
-Two heads of 64 instead of eight of 16: where queries and keys are normalised no score passes the square root of a
-head's size, and a head of 16 cannot look at one word alone.
-    D = 115,716,078 training tokens an epoch, D / N = 15.8; 32 x 512 = 16,384 tokens a step, 7,063 steps an epoch
-Expected: at least 0.30 nats a token below experiment 3. What was measured is in docs/ablations.md.
+Question: experiment 6's parts were chosen at experiment 1's size, where the embedding is 93 % of
+the parameters. Do they lower the loss of experiment 3's parameters and tokens too? 7,335,137
+parameters of experiment 3's 7,342,033. Two heads of 64 instead of eight of 16: where queries and
+keys are normalised no score passes the square root of a head's size, and a head of 16 cannot look
+at one word alone.
+    D = 115,716,078 training tokens an epoch, D / N = 15.8; 32 x 512 = 16,384 tokens a step,
+        7,063 steps an epoch
+Expected: at least 0.30 nats a token below experiment 3. What was measured is in
+docs/ablations.md.
 """
 
 dataset = "wikitext-103"

@@ -29,6 +29,11 @@ def first_line(error):
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
+def cpu_cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 # --- commands that a message names
 
 
@@ -57,7 +62,9 @@ def quote(word):
 def torchrun(processes):
     """The command that starts so many processes of the script that follows it."""
     known = os.path.join(os.path.dirname(sys.executable), "torchrun")
-    start = "torchrun" if shutil.which("torchrun") == known else f"{python()} -m torch.distributed.run"
+    start = (
+        "torchrun" if shutil.which("torchrun") == known else f"{python()} -m torch.distributed.run"
+    )
     return f"{start} --nproc_per_node={processes}"
 
 
@@ -115,6 +122,27 @@ def warn(text):
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def progress(total, description, **kwargs):
+    """A tqdm bar on a terminal; in a log file, a line every 30 seconds."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=description, dynamic_ncols=True, **kwargs)
+    lines = dict(file=Lines(), mininterval=30, miniters=1, delay=30, position=0, ncols=100)
+    return tqdm(total=total, desc=description, **lines, **kwargs)
+
+
+class Lines:
+    """Standard error for tqdm where it is no terminal: a line instead of a carriage return."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 # --- signals
 
 
@@ -132,7 +160,7 @@ def watch_signals(pipe, quiet):
         now, again = time.monotonic(), number[0] == signal.SIGINT
         if began is None:
             began = now
-            text = "\nstopping after this step; Ctrl-C again ends at once, with the last checkpoint whole\n"
+            text = "\nstopping after this step; Ctrl-C again ends at once\n"
         elif again and now - began > 1:  # torchrun sends the first Ctrl-C a second time
             text = "\nended at once; the last checkpoint is whole\n"
         else:
@@ -178,7 +206,9 @@ def is_first_rank_to_say():
         return True
     from torch.distributed import TCPStore
 
-    key = "/".join(os.environ.get(name, "0") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"))
+    key = "/".join(
+        os.environ.get(name, "0") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT")
+    )
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=2))
@@ -221,7 +251,10 @@ for number in (0, 1, 2):  # or a closed stream's number would be the next file's
 program = Path(sys.argv[0]).resolve()
 if program.is_file() and program.parent == ROOT:  # one of our scripts, and not a test of it
     if not hasattr(os, "sysconf"):
-        print("error: this program runs on Linux and macOS; on Windows, run it in WSL", file=sys.stderr)
+        print(
+            "error: this program runs on Linux and macOS; on Windows, run it in WSL",
+            file=sys.stderr,
+        )
         sys.exit(2)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)

@@ -1,20 +1,57 @@
-"""What tests share: how near to each other two results in floating point must be."""
+"""What tests share: a small data set and config, what a run leaves, processes to kill, and how near
+to each other two results in floating point must be."""
 
+import contextlib
+import hashlib
+import json
 import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
-# Muon's five Newton-Schulz steps multiply the smallest singular values by this, and with them their rounding errors
+from lab.checkpoint import load
+from lab.data import Dataset
+from lab.files import read_lines
+from lab.machine import Machine
+
+ROOT = Path(__file__).parent.parent
+CPU = Machine(torch.device("cpu"), torch.float32)
+RANKS = [
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node=2",
+    "--master_port=0",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0",
+]
+MODERN = (
+    "--block",
+    "modern",
+    "--optimizer",
+    "muon",
+    "--lr_schedule",
+    "trapezoid",
+)  # experiment 6's
+# A step's tokens, 8 x 16 at most: the longest sum that ranks and micro-batches take in parts.
+TOKENS = 8 * 16
+
+# Muon's five Newton-Schulz steps multiply the smallest singular values by this, and with them
+# their rounding errors
 MUON = 3.4445**5
 
 
 def near(dtype, terms):
     """How far, relatively, a sum of so many terms may be off, or a chain of so many roundings.
 
-    Each addition rounds by at most eps / 2 of the sum so far. Even and independent, all of these together have a
-    standard deviation of eps * sqrt(terms) / 6: this is six of them. It holds for any processor, since a sum in another
-    order, in lanes or in blocks, has less. Where terms have both signs it is relative to the sum of their sizes.
+    Each addition rounds by at most eps / 2 of the sum so far. Even and independent, all of these
+    together have a standard deviation of eps * sqrt(terms) / 6: this is six of them. It holds for
+    any processor, since a sum in another order, in lanes or in blocks, has less. Where terms have
+    both signs it is relative to the sum of their sizes.
     """
     return torch.finfo(dtype).eps * math.sqrt(terms)
 
@@ -24,20 +61,189 @@ def assert_near(one, two, tolerance):
     one, two = one.detach().double(), two.detach().double()
     assert one.shape == two.shape and two.abs().max() > 0
     error = ((one - two).abs().max() / two.abs().max()).item()
-    assert error <= tolerance, f"off by {error:.2g} of the largest, where {tolerance:.2g} is allowed"
+    assert error <= tolerance, (
+        f"off by {error:.2g} of the largest, where {tolerance:.2g} is allowed"
+    )
 
 
 def assert_same_curve(one, two, terms, steps=None, moved=None, condition=1.0, dtype=torch.float32):
-    """Two runs gave one curve, up to rounding: `one` and `two` (n,), taken over `steps` steps (n where none are given)
-    whose sums have `terms` terms.
+    """Two runs gave one curve, up to rounding: `one` and `two` (n,), taken over `steps` steps (n
+    where none are given) whose sums have `terms` terms.
 
-    Each value is such a sum, in float32. And the updates have moved it by `moved` (as far as the curve goes, where that
-    is not given): where an update is off by some share of itself, the move is. Updates are made in dtype, and their
-    errors are `condition` times those of the gradients. Behind the last value are the roundings of all steps.
+    Each value is such a sum, in float32. And the updates have moved it by `moved` (as far as the
+    curve goes, where that is not given): where an update is off by some share of itself, the move
+    is. Updates are made in dtype, and their errors are `condition` times those of the gradients.
+    Behind the last value are the roundings of all steps.
     """
     one, two = np.array(one), np.array(two)
     moved = np.ptp(one) if moved is None else moved
     roundings = terms * (steps or len(one))
-    tolerance = near(torch.float32, roundings) * np.abs(one) + near(dtype, roundings) * condition * moved
+    tolerance = (
+        near(torch.float32, roundings) * np.abs(one) + near(dtype, roundings) * condition * moved
+    )
     assert (tolerance < moved / 2).all(), "with this tolerance a run that learns nothing would pass"
     np.testing.assert_array_less(np.abs(two - one), tolerance)
+
+
+def assert_same_curves(one, two, steps, condition=1):
+    """Runs in these folders, of so many steps, learnt alike up to rounding: training, validation
+    and gradients."""
+    moved = np.ptp([line["train_loss"] for line in metrics(one)])  # of the validation, too
+    for evaluations, key, far in (
+        (False, "train_loss", moved),
+        (False, "grad_norm", None),
+        (True, "val_loss", moved),
+        (True, "val_bits_per_byte", moved),
+    ):
+        curves = ([line[key] for line in metrics(folder, evaluations)] for folder in (one, two))
+        assert_same_curve(*curves, TOKENS, steps, far, condition)
+
+
+# --- a data set, a config, and what a run leaves
+
+
+VOCAB = 512  # of the tests' data: the head of gpt2's 50,257 words would take most of a small step
+
+
+def make_dataset(folder, name="tiny", train=3000, val=700, vocab_size=VOCAB, seed=1):
+    """A prepared data set of 400 ids that follow from one another, so that there is something to
+    learn."""
+    random = np.random.RandomState(seed)
+    splits = {}
+    (folder / name).mkdir(parents=True)
+    for split, length in dict(train=train, val=val).items():
+        ids = (random.randint(0, 50, length).cumsum() % 400).astype("<u2")
+        ids.tofile(folder / name / f"{split}.bin")
+        splits[split] = dict(
+            tokens=length,
+            words=length // 2,
+            bytes=3 * length,
+            rows=10,
+            sha256=hashlib.sha256(ids).hexdigest(),
+        )
+    meta = dict(
+        tokenizer="gpt2",
+        vocab_size=vocab_size,
+        separator="none",
+        source={"name": "a test"},
+        splits=splits,
+    )
+    (folder / name / "meta.json").write_text(json.dumps(meta))
+
+
+TINY = """
+dataset = "tiny"
+max_seq_len = 16
+d_model = 8
+num_heads = 2
+d_ff = 16
+num_layers = 2
+dropout = 0.2
+batch_size = 6
+epochs = 2
+learning_rate = 1e-2
+warmup_steps = 5
+device = "cpu"
+dtype = "float32"
+log_interval = 1
+sample_prompts = ()
+"""
+
+
+def load_tokens(name, split, data_dir="data"):
+    """A split's ids, (n,) uint16."""
+    return Dataset(name, data_dir).split(split).tokens
+
+
+def metrics(out="out/tiny", evaluations=False):
+    lines = [json.loads(line) for line in open(f"{out}/metrics.jsonl", encoding="utf-8")]
+    return [line for line in lines if ("val_loss" in line) == evaluations]
+
+
+def weights(path):
+    return load(path)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_the_same_run(one, two, curves=True):
+    whole, cut = load(f"{one}/last.pt"), load(f"{two}/last.pt")
+    assert same(whole["model"], cut["model"]) and same(
+        weights(f"{one}/best.pt"), weights(f"{two}/best.pt")
+    )
+    for mine, theirs in zip(whole["optimizers"], cut["optimizers"], strict=True):
+        for state in mine["state"]:
+            assert same(mine["state"][state], theirs["state"][state])
+    for evaluations in (False, True) if curves else ():
+        a, b = metrics(one, evaluations), metrics(two, evaluations)
+        for line in a + b:
+            line.pop("elapsed_s"), line.pop("tokens_per_s", None)
+        assert a == b
+
+
+# --- processes
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def until(condition, process=None, seconds=90):
+    """Wait for condition() to hold, and return what it gave."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end and (process is None or process.poll() is None)
+        time.sleep(0.02)
+    return value
+
+
+@contextlib.contextmanager
+def started(command, **kwargs):
+    """A process with its standard error in a pipe; whatever becomes of the test, it and what it
+    started are killed."""
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs
+    ) as process:
+        everybody = [process.pid]
+        try:
+            yield process
+        finally:
+            everybody += children(process.pid) if process.poll() is None else []
+            for pid in everybody if process.poll() is None else ():
+                os.kill(pid, signal.SIGKILL)
+
+
+def step_of(out):
+    """The highest step in a run's metrics.jsonl, 0 without one."""
+    return max((line["step"] for line in read_lines(f"{out}/metrics.jsonl")), default=0)
+
+
+def kill_at_random(command, folder, chances, times):
+    """Start command again and again and kill it (SIGKILL) up to a quarter of a second after its
+    first step, every other time when the next save has begun. How many kills hit a save, and the
+    worst count of steps that one cost."""
+    amid, worst, reached, part = 0, 0, 0, Path(folder, "last.pt.part")
+    for i in range(times):
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as child:
+            line = next(
+                line
+                for line in child.stdout
+                if line.startswith(("going on from", "no checkpoint in"))
+            )
+            worst = max(worst, reached - int(line.split()[-1].replace(",", "")))
+            until(lambda: step_of(folder) > reached, child)  # noqa: B023
+            time.sleep(chances.random() / 4)  # no synchronisation: the moment is to be any
+            if i % 2:
+                while not part.exists() and child.poll() is None:
+                    time.sleep(
+                        0.0005
+                    )  # half of a save's time; without it, the wait takes a core from the run
+            assert child.poll() is None, "the run ended before it could be killed"
+            child.kill()
+        amid += part.exists()
+        reached = step_of(folder)
+    return amid, worst

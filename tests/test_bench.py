@@ -9,11 +9,18 @@ def test_bench_says_how_fast_and_leaves_a_trace(tiny, capsys, monkeypatch):
     assert bench.main(["tiny.py", "--steps", "4", "--profile", "--dropout", "0"]) == 0
     out = capsys.readouterr().out
     assert "over 4 steps of 6 x 16" in out and "out/tiny/trace.json" in out
-    low, median, high = (float(re.search(name + r" ([\d,]+)", out)[1].replace(",", ""))
-                         for name in ("minimum", "median", "maximum"))
+    low, median, high = (
+        float(re.search(name + r" ([\d,]+)", out)[1].replace(",", ""))
+        for name in ("minimum", "median", "maximum")
+    )
     assert 0 < low <= median <= high
-    flops, mfu = int(re.search(r"= ([\d,]+) FLOPs", out)[1].replace(",", "")), float(re.search(r"MFU +(\S+)", out)[1])
-    assert abs(mfu - flops * median / 2e9) < 0.0005 + flops * 0.5 / 2e9  # it and the median were rounded to be shown
+    flops, mfu = (
+        int(re.search(r"= ([\d,]+) FLOPs", out)[1].replace(",", "")),
+        float(re.search(r"MFU +(\S+)", out)[1]),
+    )
+    assert (
+        abs(mfu - flops * median / 2e9) < 0.0005 + flops * 0.5 / 2e9
+    )  # it and the median were rounded to be shown
     assert json.load(open("out/tiny/trace.json"))["traceEvents"]
     assert len(re.findall(r"^ +\S*aten::\S+", out, re.MULTILINE)) >= 5
 
@@ -27,7 +34,14 @@ def test_the_machine_s_peak_is_in_the_right_order(monkeypatch):
 
 
 def test_bench_under_torchrun(tiny, script):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
-              "--rdzv-endpoint=localhost:0"]
-    out = script("bench.py", "tiny.py", "--steps", "2", "--out_dir", "elsewhere", launch=launch).stdout
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
+    out = script(
+        "bench.py", "tiny.py", "--steps", "2", "--out_dir", "elsewhere", launch=launch
+    ).stdout
     assert out.count("tokens/s") == 2 and "tiny on 2 x cpu" in out  # one report, and its MFU line

@@ -1,9 +1,11 @@
+from lab.console import UserError
+
 import dataclasses
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
-from config import Config, UserError, load_config
+from config import Config, load_config
 
 
 def problems(tmp_path, text, *words):
@@ -18,26 +20,55 @@ def test_the_command_line_wins_over_the_file_and_takes_both_forms(tmp_path):
     (tmp_path / "exp9.py").write_text(
         'dataset = "demo"\n_side = 3\nd_model = 4 * 8\nlearning_rate = 1\ncompile = True\n'
     )
-    words = ["--d_model", "64", "--dropout=0.5", "--resume", str(tmp_path / "exp9.py"), "--compile", "False",
-             "--expected_ppl", "35,42", "--dry_run=true", "--min_learning_rate", "1e-5"]
+    words = [
+        "--d_model",
+        "64",
+        "--dropout=0.5",
+        "--resume",
+        str(tmp_path / "exp9.py"),
+        "--compile",
+        "False",
+        "--expected_ppl",
+        "35,42",
+        "--dry_run=true",
+        "--min_learning_rate",
+        "1e-5",
+    ]
     config = load_config(words)
-    assert (config.dataset, config.d_model, config.dropout, config.learning_rate) == ("demo", 64, 0.5, 1)
+    assert (config.dataset, config.d_model, config.dropout, config.learning_rate) == (
+        "demo",
+        64,
+        0.5,
+        1,
+    )
     assert config.resume is True and config.compile is False and config.dry_run is True
     assert config.expected_ppl == (35, 42) and config.min_learning_rate == 1e-5
     assert config.out_dir == "out/exp9"
     assert (
-        load_config([str(tmp_path / "exp9.py"), "--compile", "auto", "--out_dir", "elsewhere"]).out_dir == "elsewhere"
+        load_config(
+            [str(tmp_path / "exp9.py"), "--compile", "auto", "--out_dir", "elsewhere"]
+        ).out_dir
+        == "elsewhere"
     )
 
 
 def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
     text = (
-        'droput = 0.1\nepochs = 1.5\nlr_schedule = "cosin"\nnum_heads = 7\nd_model = 16\nbeta1 = 1.0\nbatch_size = True'
+        'droput = 0.1\nepochs = 1.5\nlr_schedule = "cosin"\nnum_heads = 7\nd_model = 16\n'
+        "beta1 = 1.0\nbatch_size = True"
     )
     said = problems(tmp_path, text, "stray", "--warmup_steps", "9", "--max_steps=9", "--seed")
-    for phrase in ("did you mean dropout?", "epochs takes int, not 1.5", "did you mean cosine?", "beta1 must be",
-                   "num_heads 7 does not divide", "batch_size takes int, not True", "stray is neither",
-                   "warmup_steps 9 leaves nothing", "--seed needs a value"):
+    for phrase in (
+        "did you mean dropout?",
+        "epochs takes int, not 1.5",
+        "did you mean cosine?",
+        "beta1 must be",
+        "num_heads 7 does not divide",
+        "batch_size takes int, not True",
+        "stray is neither",
+        "warmup_steps 9 leaves nothing",
+        "--seed needs a value",
+    ):
         assert phrase in said
 
 
@@ -65,12 +96,24 @@ def test_a_wrong_file_is_one_line(tmp_path, text, says):
 def test_values_are_taken_as_they_are_meant(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/her")
     (tmp_path / "x.py").write_text(
-        "\ufeffimport math\nfrom math import sqrt\nd_model = sqrt(64 * 64)\nexpected_ppl = [35, 42]\ncompile = 1\n"
-        "data_dir = '~/data'\nd_ff = int(math.pow(2, 5))\ndef helper(): pass\n", encoding="utf-8"
+        "\ufeffimport math\nfrom math import sqrt\nd_model = sqrt(64 * 64)\n"
+        "expected_ppl = [35, 42]\ncompile = 1\n"
+        "data_dir = '~/data'\nd_ff = int(math.pow(2, 5))\ndef helper(): pass\n",
+        encoding="utf-8",
     )
-    words = ["--max_steps", "1e3", "--tensorboard", "yes", "--out_dir=~/out", "--sample_prompts", "['a', 'b']"]
+    words = [
+        "--max_steps",
+        "1e3",
+        "--tensorboard",
+        "yes",
+        "--out_dir=~/out",
+        "--sample_prompts",
+        "['a', 'b']",
+    ]
     config = load_config([str(tmp_path / "x.py"), *words])
-    assert (config.d_model, config.d_ff, config.max_steps) == (64, 32, 1000) and isinstance(config.d_model, int)
+    assert (config.d_model, config.d_ff, config.max_steps) == (64, 32, 1000) and isinstance(
+        config.d_model, int
+    )
     assert (config.compile, config.tensorboard, config.warmup_steps) == (True, True, None)
     assert config.expected_ppl == (35, 42) and config.sample_prompts == ("a", "b")
     assert (config.data_dir, config.out_dir) == ("/home/her/data", "/home/her/out")
@@ -122,4 +165,7 @@ def test_the_experiments_state_what_the_notebook_states(name):
 def test_the_readme_lists_every_setting_with_its_default():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(Config):
-        assert f"| `{field.name}` | {field.default if field.default != '' else '(see right)'} | " in readme, field.name
+        assert (
+            f"| `{field.name}` | {field.default if field.default != '' else '(see right)'} | "
+            in readme
+        ), field.name

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from lab import console
 
@@ -24,10 +24,14 @@ def python(code, **kwargs):
 @pytest.mark.parametrize("script", ["train", "prepare", "sample", "report", "bench"])
 def test_ctrl_c_amid_the_imports_is_one_word(tmp_path, script):
     for name in "numpy", "torch":  # the first slow import, which never ends
-        (tmp_path / f"{name}.py").write_text("import sys; print('importing', flush=True); sys.stdin.read()")
+        (tmp_path / f"{name}.py").write_text(
+            "import sys; print('importing', flush=True); sys.stdin.read()"
+        )
     command = [sys.executable, str(ROOT / f"{script}.py")]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **pipes) as child:
+    with subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **pipes
+    ) as child:
         assert child.stdout.readline() == "importing\n"
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=60) == 1 and child.stderr.read() == "interrupted\n"
@@ -92,13 +96,17 @@ run(main, strict=%s)
 """
 
 
-@pytest.mark.parametrize("where", [">/dev/full", ">&-", "2>&-", "2>/dev/full", ">&- 2>&- <&-", "| head -c 1"])
+@pytest.mark.parametrize(
+    "where", [">/dev/full", ">&-", "2>&-", "2>/dev/full", ">&- 2>&- <&-", "| head -c 1"]
+)
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
 def test_no_stream_ends_a_run(tmp_path, where, encoding):
     (tmp_path / "talk.py").write_text(TALK % False)
     words = f"{sys.executable} talk.py {where}"
     env = ENV | {"PYTHONIOENCODING": encoding}
-    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=tmp_path, env=env, capture_output=True, timeout=60
+    )
     assert done.returncode == 0 and (tmp_path / "done").exists()
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
     assert b"to stderr ?" in done.stderr or encoding == "utf-8" or "2>" in where
@@ -107,7 +115,9 @@ def test_no_stream_ends_a_run(tmp_path, where, encoding):
 def test_a_terminal_that_hangs_up_ends_no_run(tmp_path):
     master, terminal = pty.openpty()
     streams = dict(stdin=terminal, stdout=terminal, stderr=terminal)
-    with python("input()\n" + TALK % False, cwd=tmp_path, start_new_session=True, **streams) as child:
+    with python(
+        "input()\n" + TALK % False, cwd=tmp_path, start_new_session=True, **streams
+    ) as child:
         os.close(terminal)
         os.write(master, b"go\n")
         os.close(master)
@@ -119,7 +129,9 @@ def test_a_terminal_that_hangs_up_ends_no_run(tmp_path):
 def test_what_a_command_is_for_must_be_written(tmp_path, where, says):
     (tmp_path / "talk.py").write_text(TALK % True)
     words = f"set -o pipefail; {sys.executable} talk.py {where}"
-    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=ENV, capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=tmp_path, env=ENV, capture_output=True, timeout=60
+    )
     assert done.returncode == 1 and says in done.stderr
     assert done.stderr.count(b"\n") == bool(says) and b"Traceback" not in done.stderr
 
@@ -137,14 +149,20 @@ def test_a_file_never_takes_a_closed_stream_s_number(tmp_path):
 def test_a_command_in_a_message_works_from_where_the_user_is(tmp_path, monkeypatch):
     for folder in tmp_path, ROOT, ROOT / "config":
         monkeypatch.chdir(folder)
-        for word in console.command("report.py", "--help"), console.command("report.py", ROOT / "config", "-h"):
+        for word in (
+            console.command("report.py", "--help"),
+            console.command("report.py", ROOT / "config", "-h"),
+        ):
             done = subprocess.run(word, shell=True, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 0 and "usage: report.py" in done.stdout
+            assert done.returncode == 0 and "usage: python report.py" in done.stdout
     odd = "a b$'\\\n"
-    done = subprocess.run(["bash", "-c", f"echo -n {console.quote(odd)}"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", f"echo -n {console.quote(odd)}"], capture_output=True, text=True
+    )
     assert done.stdout == odd and "\n" not in console.quote(odd)
-    assert console.command("train.py", "a b$.py", processes=3).endswith("--nproc_per_node=3 "
-                                                                        f"{ROOT}/train.py 'a b$.py'")
+    assert console.command("train.py", "a b$.py", processes=3).endswith(
+        f"--nproc_per_node=3 {ROOT}/train.py 'a b$.py'"
+    )
 
 
 def test_an_error_is_one_line_whatever_is_in_it(capsys, monkeypatch):
@@ -155,7 +173,9 @@ def test_an_error_is_one_line_whatever_is_in_it(capsys, monkeypatch):
 
     with pytest.raises(SystemExit) as caught:
         console.run(main)
-    assert caught.value.code == 2 and capsys.readouterr().err == "error: no such run: out/two lines\n"
+    assert (
+        caught.value.code == 2 and capsys.readouterr().err == "error: no such run: out/two lines\n"
+    )
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -170,6 +190,12 @@ def test_an_error_of_ranks_is_printed_once_whoever_meets_it_first(tmp_path, late
         "run(main)\n"
     )
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    done = subprocess.run([sys.executable, *launch, "meet.py"], cwd=tmp_path, env=ENV, capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        [sys.executable, *launch, "meet.py"],
+        cwd=tmp_path,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and done.stderr.count("error: both ranks") == 1, done.stderr

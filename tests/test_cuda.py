@@ -1,4 +1,5 @@
-"""What only a GPU can show: `make test-cuda`. Skipped elsewhere, and by `make test`, whose numbers are the CPU's."""
+"""What only a GPU can show: `make test-cuda`. Skipped elsewhere, and by `make test`, whose
+numbers are the CPU's."""
 
 import functools
 import math
@@ -7,26 +8,34 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCAB
-from helpers import MUON, assert_same_curve, near
-from test_train import MODERN, TOKENS, metrics, weights
+from helpers import MODERN, MUON, TOKENS, VOCAB, assert_same_curve, metrics, near, weights
 
-import model
-import sample
 import train
 from config import load_config
-from machine import Machine
-from model import HeadLoss, head_loss, load_model, softmax_loss
+from lab import kernels
+from lab.checkpoint import load as load_checkpoint
+from lab.data import Batches
+from lab.generate import Sampling, generate
+from lab.kernels import HeadLoss, head_loss, softmax_loss
+from lab.machine import Machine
+from lab.trainer import Trainer
+from model import LanguageModel
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not make test-cuda")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU, or not make test-cuda"
+)
 
 
 @pytest.mark.parametrize("fused", [None, softmax_loss, torch.compile(softmax_loss)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fused_loss_is_the_truth_s(dtype, fused, monkeypatch):
-    monkeypatch.setattr(model, "head_rows", lambda kind, V, N: (2048, 2048))
+    monkeypatch.setattr(kernels, "head_rows", lambda kind, V, N: (2048, 2048))
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(2999, 64) * 0.5, torch.randn(50257, 64) * 0.3, torch.randn(50257)  # two chunks
+    x, weight, bias = (
+        torch.randn(2999, 64) * 0.5,
+        torch.randn(50257, 64) * 0.3,
+        torch.randn(50257),
+    )  # two chunks
     targets = torch.randint(50257, (2999,))
     leaves = [t.cuda().requires_grad_() for t in (x, weight, bias)]
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
@@ -36,10 +45,13 @@ def test_the_fused_loss_is_the_truth_s(dtype, fused, monkeypatch):
     truth = [t.double().cuda().requires_grad_() for t in (x, weight, bias)]
     each = F.cross_entropy(F.linear(*truth), targets.cuda(), reduction="none")
     each.mean().backward()
-    # sums of 64, 50257 and 2999 in float32; and what goes into a gradient's matmul was rounded to dtype three times
+    # sums of 64, 50257 and 2999 in float32; and what goes into a gradient's matmul was rounded to
+    # dtype three times
     sums = near(torch.float32, 64 + 50257 + 2999)
     tolerance = sums if dtype == torch.float32 else sums + near(dtype, 3)
-    assert (losses - each).norm() / each.norm() < tolerance and abs(loss / each.mean() - 1) < tolerance
+    assert (losses - each).norm() / each.norm() < tolerance and abs(
+        loss / each.mean() - 1
+    ) < tolerance
     for mine, theirs in zip(leaves, truth, strict=True):
         assert (mine.grad - theirs.grad).norm() / theirs.grad.norm() < tolerance
 
@@ -49,28 +61,52 @@ def test_a_gpu_gives_the_curve_of_the_cpu(tiny, more, monkeypatch):
     # a scaler that begins so low skips no step; one that begins as torch's does is tried below
     low_scaler = functools.partial(torch.amp.GradScaler, init_scale=256.0)
     options = [tiny, "--dropout", "0", "--max_steps", "20", "--eval_interval", "10", *more]
-    runs = {"cpu": (), "plain": ("--compile", "False"), "compiled": (), "parts": ("--micro_batch_size", "2"),
-            "low": ("--dtype", "bfloat16"), "half": ("--dtype", "float16")}
+    runs = {
+        "cpu": (),
+        "plain": ("--compile", "False"),
+        "compiled": (),
+        "parts": ("--micro_batch_size", "2"),
+        "low": ("--dtype", "bfloat16"),
+        "half": ("--dtype", "float16"),
+    }
     with monkeypatch.context() as patch:
-        patch.setattr(train.torch.amp, "GradScaler", low_scaler)
+        patch.setattr(torch.amp, "GradScaler", low_scaler)
         for out, settings in runs.items():
             device = ("--device", "cuda") if out != "cpu" else ()
             assert train.main([*options, *device, *settings, "--out_dir", out]) == 0
     moved = np.ptp([line["train_loss"] for line in metrics("cpu")])
     for out in list(runs)[1:]:
         dtype = {"low": torch.bfloat16, "half": torch.float16}.get(out, torch.float32)
-        terms = TOKENS + VOCAB if dtype == torch.float32 else 40  # every sum is another; some 40 tensors are rounded
-        if more and dtype != torch.bfloat16:  # Muon is in bfloat16 on a GPU, five rounds of three products
+        terms = (
+            TOKENS + VOCAB if dtype == torch.float32 else 40
+        )  # every sum is another; some 40 tensors are rounded
+        if (
+            more and dtype != torch.bfloat16
+        ):  # Muon is in bfloat16 on a GPU, five rounds of three products
             dtype, terms = torch.bfloat16, 15
         for evaluations, key in ((False, "train_loss"), (True, "val_loss")):
-            whole, curve = ([line[key] for line in metrics(folder, evaluations)] for folder in ("cpu", out))
+            whole, curve = (
+                [line[key] for line in metrics(folder, evaluations)] for folder in ("cpu", out)
+            )
             assert_same_curve(whole, curve, terms, 20, moved, dtype=dtype)
-    assert train.main([*options, "--device", "cuda", "--dtype", "float16", "--out_dir", "scaled"]) == 0
+    assert (
+        train.main([*options, "--device", "cuda", "--dtype", "float16", "--out_dir", "scaled"]) == 0
+    )
     assert metrics("scaled")[-1]["skipped"] < 10  # the scaler came down, and on it went
 
 
 def test_a_resumed_run_goes_on_as_it_was(tiny):
-    options = [tiny, "--device", "cuda", "--lr_schedule", "constant", "--block", "modern", "--optimizer", "muon"]
+    options = [
+        tiny,
+        "--device",
+        "cuda",
+        "--lr_schedule",
+        "constant",
+        "--block",
+        "modern",
+        "--optimizer",
+        "muon",
+    ]
     assert train.main([*options, "--max_steps", "20", "--out_dir", "whole"]) == 0
     for steps in ("9", "20"):
         assert train.main([*options, "--max_steps", steps, "--out_dir", "cut", "--resume"]) == 0
@@ -81,35 +117,49 @@ def test_a_resumed_run_goes_on_as_it_was(tiny):
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny, monkeypatch):
     real = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", lambda *args: real(*args) * math.nan)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: real(*args) * math.nan)
     assert train.main([tiny, "--device", "cuda", "--save_interval", "2", *MODERN]) == 1
     begun = train.new_model(load_config([tiny, *MODERN]), VOCAB).state_dict()
-    assert all(torch.equal(begun[name], value) for name, value in weights("out/tiny/last.pt").items())
+    assert all(
+        torch.equal(begun[name], value) for name, value in weights("out/tiny/last.pt").items()
+    )
 
 
-@pytest.mark.parametrize("config, rows", [("config/exp5.py", 32), ("config/exp6.py", 32), ("config/exp1.py", 8)])
+@pytest.mark.parametrize(
+    "config, rows", [("config/exp5.py", 32), ("config/exp6.py", 32), ("config/exp1.py", 8)]
+)
 def test_the_memory_of_a_step_is_what_the_plan_says(config, rows):
     config = load_config([config])
-    for dtype, config.compile in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)):
+    for dtype, config.compile in (
+        (torch.bfloat16, True),
+        (torch.bfloat16, False),
+        (torch.float32, False),
+    ):
         machine = Machine(torch.device("cuda"), dtype)
         torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        training = train.prepare_training(config, machine, train.new_model(config, 50257).cuda())
-        assert training.micro == rows
         tokens = np.random.RandomState(0).randint(50257, size=1 << 18).astype(np.uint16)
-        batches = train.Batches(tokens, config.max_seq_len, config.batch_size, 0)
+        batches = Batches(tokens, config.max_seq_len, config.batch_size, 0)
+        trainer = Trainer(config, machine, train.new_model(config, 50257).cuda(), batches, 1000)
+        assert trainer.micro == rows
         for step in range(3):
-            train.take_step(config, machine, training, batches, step, 1e-3)
-        planned, seen = training.model.memory_bytes(rows, dtype), torch.cuda.max_memory_allocated() - held
-        del training
+            trainer.step(step)
+        planned = trainer.model.memory_bytes(rows, dtype, "cuda")
+        seen = torch.cuda.max_memory_allocated() - held
+        del trainer
         torch._dynamo.reset()
-        print(f"{config.name}, {dtype}, compile {config.compile}: {seen / 1e9:.2f} of {planned / 1e9:.2f} GB planned")
+        print(
+            f"{config.name}, {dtype}, compile {config.compile}: {seen / 1e9:.2f} of "
+            f"{planned / 1e9:.2f} GB planned"
+        )
         assert 0.2 < seen / planned < 1.1
 
 
 def test_text_is_the_cpu_s(tiny):
     assert train.main([tiny, "--device", "cuda", *MODERN]) == 0
-    best, _ = load_model("out/tiny/best.pt")
-    texts = [[ids for ids, _ in sample.generate(best.to(device), [[5], [7, 8, 9, 10]], 40, temperature=0)]
-             for device in ("cpu", "cuda")]
+    best = LanguageModel.from_checkpoint(load_checkpoint("out/tiny/best.pt"))
+    texts = [
+        [ids for ids, _ in generate(best.to(device), [[5], [7, 8, 9, 10]], 40, Sampling(0))]
+        for device in ("cpu", "cuda")
+    ]
     assert texts[0] == texts[1]

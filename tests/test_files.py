@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from lab import files
 from lab.files import Lock
@@ -16,7 +16,9 @@ from lab.files import Lock
 def test_a_lock_has_one_owner_whom_it_names(tmp_path):
     with Lock() as one, Lock() as two:
         one.take(tmp_path / ".lock", "the folder", "wait")
-        with pytest.raises(UserError, match=f"the folder is in use by process {os.getpid()} on .+; wait"):
+        with pytest.raises(
+            UserError, match=f"the folder is in use by process {os.getpid()} on .+; wait"
+        ):
             two.take(tmp_path / ".lock", "the folder", "wait")
         assert one.owned and not two.owned
     with Lock() as three:

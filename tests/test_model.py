@@ -1,32 +1,34 @@
+from lab.console import UserError
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from helpers import assert_near, near
+from helpers import ROOT, assert_near, near
 
-import model as model_module
 import train
-from config import UserError, load_config
-from model import (
+from config import load_config
+from lab import kernels
+from lab.checkpoint import load as load_checkpoint
+from lab.checkpoint import save as save_checkpoint
+from lab.kernels import (
     Dropout,
     HeadLoss,
-    LanguageModel,
     causal_attention,
     head_loss,
     head_rows,
-    load_checkpoint,
-    load_model,
     rms_norm,
     rotate,
     rotations,
     softmax_loss,
 )
-from record import save_checkpoint
+from model import LanguageModel
 
+pytestmark = pytest.mark.arithmetic
 BLOCKS = pytest.mark.parametrize("block", ["gpt2", "modern"])
-# small()'s gradients, forward and back: in each of two layers eight sums over 16, 12 or 32, then head and softmax
+# small()'s gradients, forward and back: in each of two layers eight sums over 16, 12 or 32, then
+# head and softmax
 DEEP = near(torch.float32, 2 * (2 * 8 * 32 + 16 + 97))
 
 
@@ -44,7 +46,9 @@ def shaken(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("name, budget", [("exp6_tiny", 869_153), ("exp6_small", 7_342_033), ("exp6", 19_365_713)])
+@pytest.mark.parametrize(
+    "name, budget", [("exp6_tiny", 869_153), ("exp6_small", 7_342_033), ("exp6", 19_365_713)]
+)
 def test_experiment_6_keeps_to_the_budget(name, budget):
     c = load_config([str(ROOT / f"config/{name}.py")])
     with torch.device("meta"):
@@ -54,20 +58,38 @@ def test_experiment_6_keeps_to_the_budget(name, budget):
 
 @pytest.mark.parametrize(
     "name, count",
-    [("exp1", 869_153), ("exp2", 869_153), ("exp3", 7_342_033), ("exp4", 16_206_673), ("exp5", 19_365_713)],
+    [
+        ("exp1", 869_153),
+        ("exp2", 869_153),
+        ("exp3", 7_342_033),
+        ("exp4", 16_206_673),
+        ("exp5", 19_365_713),
+    ],
 )
 def test_parameter_counts(name, count):
     c = load_config([str(ROOT / f"config/{name}.py")])
     with torch.device("meta"):
-        model = LanguageModel(50257, c.max_seq_len, c.d_model, c.num_heads, c.d_ff, c.num_layers, c.dropout)
+        model = LanguageModel(
+            50257, c.max_seq_len, c.d_model, c.num_heads, c.d_ff, c.num_layers, c.dropout
+        )
     counted = model.count()
-    assert counted["total"] == count == counted["embeddings"] + counted["head_bias"] + counted["blocks"]
+    assert (
+        counted["total"]
+        == count
+        == counted["embeddings"] + counted["head_bias"] + counted["blocks"]
+    )
     assert counted["embeddings"] == (50257 + 512) * c.d_model and counted["head_bias"] == 50257
 
 
 def test_the_notebook_s_snippet():
     model = LanguageModel(
-        vocab_size=50257, max_seq_len=512, d_model=16, num_heads=2, d_ff=64, num_layers=2, dropout=0.3
+        vocab_size=50257,
+        max_seq_len=512,
+        d_model=16,
+        num_heads=2,
+        d_ff=64,
+        num_layers=2,
+        dropout=0.3,
     )
     assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 50257)
 
@@ -79,25 +101,39 @@ def test_initialisation_is_gpt2_s():
             assert (p == (1 if name.endswith("norm.weight") else 0)).all(), name
         else:
             std = 0.02 / 4 if "_out." in name else 0.02  # sqrt(2 * 8) = 4
-            assert abs(p.std().item() / std - 1) < 5 / math.sqrt(2 * p.numel()), name  # five of its standard errors
+            assert abs(p.std().item() / std - 1) < 5 / math.sqrt(2 * p.numel()), (
+                name
+            )  # five of its standard errors
 
 
 def test_logits_are_those_of_transformers_gpt2():
     transformers = pytest.importorskip("transformers")
     model = small(vocab_size=301, d_model=32, num_layers=3).eval()
-    config = transformers.GPT2Config(vocab_size=301, n_positions=12, n_embd=32, n_layer=3, n_head=4, n_inner=32)
+    config = transformers.GPT2Config(
+        vocab_size=301, n_positions=12, n_embd=32, n_layer=3, n_head=4, n_inner=32
+    )
     peer = transformers.GPT2LMHeadModel(config).eval()
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():  # every weight is random, the biases and gains too; only the head's bias is zero
+        for p in (
+            model.parameters()
+        ):  # every weight is random, the biases and gains too; only the head's bias is zero
             p.normal_(std=0.2 if p.dim() > 1 else 1.0)
         model.head_bias.zero_()
-        pairs = [(peer.transformer.wte, model.token_embedding), (peer.transformer.wpe, model.position_embedding),
-                 (peer.transformer.ln_f, model.final_norm)]
+        pairs = [
+            (peer.transformer.wte, model.token_embedding),
+            (peer.transformer.wpe, model.position_embedding),
+            (peer.transformer.ln_f, model.final_norm),
+        ]
         for theirs, ours in zip(peer.transformer.h, model.blocks, strict=True):
-            pairs += [(theirs.ln_1, ours.attention_norm), (theirs.ln_2, ours.mlp_norm), (theirs.attn.c_attn, ours.qkv),
-                      (theirs.attn.c_proj, ours.attention_out), (theirs.mlp.c_fc, ours.mlp_in),
-                      (theirs.mlp.c_proj, ours.mlp_out)]
+            pairs += [
+                (theirs.ln_1, ours.attention_norm),
+                (theirs.ln_2, ours.mlp_norm),
+                (theirs.attn.c_attn, ours.qkv),
+                (theirs.attn.c_proj, ours.attention_out),
+                (theirs.mlp.c_fc, ours.mlp_in),
+                (theirs.mlp.c_proj, ours.mlp_out),
+            ]
         for theirs, ours in pairs:
             weight = ours.weight.T if "Conv1D" in type(theirs).__name__ else ours.weight
             theirs.weight.copy_(weight)
@@ -106,7 +142,8 @@ def test_logits_are_those_of_transformers_gpt2():
         tokens = torch.randint(301, (2, 12))
         logits, expected = model(tokens), peer(tokens).logits
     assert expected.std() > 0.2
-    # a layer's norms, matmuls and attention sum over 32 or 12, eight times; then the last norm and the head
+    # a layer's norms, matmuls and attention sum over 32 or 12, eight times; then the last norm and
+    # the head
     assert_near(logits, expected, near(torch.float32, 3 * 8 * 32 + 2 * 32))
 
 
@@ -116,12 +153,18 @@ def test_rotary_positions_are_those_of_transformers_llama():
     q, k, positions = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8), torch.randint(500, (2, 7))
     cos, sin = rotations(500, 8)[:, positions].unsqueeze(2)
     whole = (torch.cat((t, t), -1).squeeze(1) for t in (cos, sin))
-    for mine, theirs in zip((rotate(q, cos, sin), rotate(k, cos, sin)),
-                            llama.apply_rotary_pos_emb(q, k, *whole), strict=True):
+    for mine, theirs in zip(
+        (rotate(q, cos, sin), rotate(k, cos, sin)),
+        llama.apply_rotary_pos_emb(q, k, *whole),
+        strict=True,
+    ):
         assert_near(mine, theirs, near(torch.float32, 3))  # two products and their sum
     config = llama.LlamaConfig(hidden_size=24, num_attention_heads=3, rope_theta=10000.0)
-    for mine, theirs in zip((cos, sin), llama.LlamaRotaryEmbedding(config)(q, positions), strict=True):
-        # an angle of up to 500 is off by its own rounding, and the first, slower ones a tenth and less, by theirs
+    for mine, theirs in zip(
+        (cos, sin), llama.LlamaRotaryEmbedding(config)(q, positions), strict=True
+    ):
+        # an angle of up to 500 is off by its own rounding, and the first, slower ones a tenth and
+        # less, by theirs
         assert_near(torch.cat((mine, mine), -1).squeeze(1), theirs, 500 * near(torch.float32, 1))
 
 
@@ -143,19 +186,28 @@ def test_no_position_sees_a_later_one(block, monkeypatch):
         assert reached.tolist() == [j <= i for j in range(12)]
 
 
-# chunks of one row; chunks and blocks that do not divide; one chunk; the softmax of each chunk at once
+# chunks of one row; chunks and blocks that do not divide; one chunk; the softmax of each chunk at
+# once
 @pytest.mark.parametrize("rows, block", [(1, 1), (7, 3), (24, 5), (10, 10)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("fused", [None, softmax_loss])  # as one expression, which is compiled on a GPU
-def test_the_fused_loss_and_its_gradients_are_cross_entropy_s(rows, block, dtype, fused, monkeypatch):
-    monkeypatch.setattr(model_module, "head_rows", lambda kind, V, N: (rows, block))
+@pytest.mark.parametrize(
+    "fused", [None, softmax_loss]
+)  # as one expression, which is compiled on a GPU
+def test_the_fused_loss_and_its_gradients_are_cross_entropy_s(
+    rows, block, dtype, fused, monkeypatch
+):
+    monkeypatch.setattr(kernels, "head_rows", lambda kind, V, N: (rows, block))
     torch.manual_seed(0)
-    x, weight, bias = (t.to(dtype) for t in (torch.randn(24, 16) * 3, torch.randn(97, 16), torch.randn(97)))
+    x, weight, bias = (
+        t.to(dtype) for t in (torch.randn(24, 16) * 3, torch.randn(97, 16), torch.randn(97))
+    )
     targets = torch.randint(97, (24,))
     ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
     loss = HeadLoss.apply(*ours, targets, fused)
     losses, *_ = head_loss(x, weight, bias, targets, False, fused)
-    tolerance = near(dtype, 16 + 97 + 24)  # a logit, its softmax, and a gradient or the mean over the rows
+    tolerance = near(
+        dtype, 16 + 97 + 24
+    )  # a logit, its softmax, and a gradient or the mean over the rows
     assert_near(losses.mean(), loss, tolerance)
     (loss * 2.5).backward()
     truth = [t.double().requires_grad_() for t in (x, weight, bias)]
@@ -190,7 +242,8 @@ def test_the_fused_loss_in_low_precision_is_as_near_the_truth_as_autocast(dtype)
         ours[0], *_ = head_loss(x, weight, bias, targets, gradients=False)  # a loss a token
     for mine, other, true in zip(ours, theirs, truth, strict=True):
         assert mine.dtype == torch.float32
-        # n errors tell their size to a share of 1 / sqrt(2 n), and a quotient of two such is off by 1 / sqrt(n)
+        # n errors tell their size to a share of 1 / sqrt(2 n), and a quotient of two such is off
+        # by 1 / sqrt(n)
         assert (mine - true).norm() <= (1 + 3 / math.sqrt(mine.numel())) * (other - true).norm()
 
 
@@ -199,9 +252,13 @@ def test_the_fused_loss_is_exact_where_a_probability_rounds_to_one_or_to_nothing
     weight, bias = torch.tensor([[1.0], [0.0], [-1.0]]), torch.tensor([0.5, 0.0, -0.5])
     targets = torch.tensor([0, 1, 2])
     losses, *_ = head_loss(x, weight, bias, targets, gradients=False)
-    expected = F.cross_entropy(F.linear(x.double(), weight.double(), bias.double()), targets, reduction="none")
+    expected = F.cross_entropy(
+        F.linear(x.double(), weight.double(), bias.double()), targets, reduction="none"
+    )
     # of one logit's size all the same, since a loss is a difference of two
-    torch.testing.assert_close(losses.double(), expected, rtol=near(torch.float32, 3), atol=near(torch.float32, 3))
+    torch.testing.assert_close(
+        losses.double(), expected, rtol=near(torch.float32, 3), atol=near(torch.float32, 3)
+    )
     assert not head_loss(x * math.nan, weight, bias, targets, gradients=False)[0].isfinite().any()
 
 
@@ -209,13 +266,17 @@ def test_chunks_are_equal_and_bounded():
     for N in (1, 31, 4096, 16384, 4097):
         rows, block = head_rows("cpu", 50257, N)
         assert rows * 50257 <= 1 << 26 and block <= rows <= N
-        assert N - rows * (math.ceil(N / rows) - 1) > rows - math.ceil(N / rows)  # the last is as long, or nearly
+        assert N - rows * (math.ceil(N / rows) - 1) > rows - math.ceil(
+            N / rows
+        )  # the last is as long, or nearly
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_in_blocks_is_scaled_dot_product_attention(dtype):
     torch.manual_seed(0)
-    tensors = [torch.randn(2, 3, 300, 8) for _ in range(4)]  # two whole blocks of rows and a part of one
+    tensors = [
+        torch.randn(2, 3, 300, 8) for _ in range(4)
+    ]  # two whole blocks of rows and a part of one
     ours, theirs = ([t.to(dtype).requires_grad_() for t in tensors[:3]] for _ in range(2))
     truth = [t.requires_grad_() for t in tensors[:3]]
     results = []
@@ -228,7 +289,8 @@ def test_attention_in_blocks_is_scaled_dot_product_attention(dtype):
         y.backward(tensors[3].to(y.dtype))
         results.append([y.detach().float(), *(leaf.grad.float() for leaf in leaves)])
     for mine, other, true in zip(*results, strict=True):
-        # we round queries, scores, weights and the sum, torch the last two: 2**0.5 of its error, and the exponents'
+        # we round queries, scores, weights and the sum, torch the last two: 2**0.5 of its error,
+        # and the exponents'
         assert (mine - true).norm() < 2 * (other - true).norm()
 
 
@@ -238,7 +300,9 @@ def test_dropout_keeps_its_share_and_the_mean():
     y = dropout(x)
     y.sum().backward()
     kept = y > 0
-    error = 5 / math.sqrt(y.numel())  # five standard errors of a mean of numbers whose standard deviation is 1
+    error = 5 / math.sqrt(
+        y.numel()
+    )  # five standard errors of a mean of numbers whose standard deviation is 1
     assert abs(kept.double().mean() - 0.7) < error * math.sqrt(0.7 * 0.3)
     assert abs(y.mean() - 1) < error * math.sqrt(0.3 / 0.7)
     assert torch.equal(x.grad, y.detach()) and y[kept].unique().numel() == 1
@@ -251,14 +315,18 @@ def test_dropout_keeps_its_share_and_the_mean():
 
 
 def test_two_hundred_steps_in_bfloat16_stay_on_the_float32_reference():
-    tokens = torch.randint(0, 50, (4000,), generator=torch.Generator().manual_seed(1)).cumsum(0) % 97
+    tokens = (
+        torch.randint(0, 50, (4000,), generator=torch.Generator().manual_seed(1)).cumsum(0) % 97
+    )
 
     def curve(dtype, fused):
         model = small(max_seq_len=32, d_model=32, d_ff=64)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
         losses, random = [], torch.Generator().manual_seed(2)
         for _ in range(200):
-            rows = torch.stack([tokens[i : i + 33] for i in torch.randint(3960, (8,), generator=random)])
+            rows = torch.stack(
+                [tokens[i : i + 33] for i in torch.randint(3960, (8,), generator=random)]
+            )
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 if fused:
                     loss = model(rows[:, :-1], rows[:, 1:])
@@ -274,9 +342,12 @@ def test_two_hundred_steps_in_bfloat16_stay_on_the_float32_reference():
     noise = (curve(torch.bfloat16, fused=False) - reference).abs()
     moved = reference[0] - reference[-20:].mean()
     assert moved > 0.3  # it learns
-    # as near as autocast's own, or half as far again, since deviations that last for many steps are few in 200; and
+    # as near as autocast's own, or half as far again, since deviations that last for many steps
+    # are few in 200; and
     # both nearer than one rounding of what was learnt
-    assert (ours - reference).abs().mean() < 1.5 * noise.mean() and noise.mean() < near(torch.bfloat16, 1) * moved
+    assert (ours - reference).abs().mean() < 1.5 * noise.mean() and noise.mean() < near(
+        torch.bfloat16, 1
+    ) * moved
 
 
 @BLOCKS
@@ -296,8 +367,12 @@ def test_the_fused_loss_under_compile_and_accumulation(block):
 def test_loss_logits_and_token_losses_agree(block, monkeypatch):
     model = shaken(small(block=block))
     tokens, targets = torch.randint(97, (3, 12)), torch.randint(97, (3, 12))
-    each = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none").view(3, 12)
-    tolerance = near(torch.float32, 16 + 97 + 36)  # a logit, its softmax, the mean; what they are of is the same
+    each = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none").view(
+        3, 12
+    )
+    tolerance = near(
+        torch.float32, 16 + 97 + 36
+    )  # a logit, its softmax, the mean; what they are of is the same
     assert_near(model.token_losses(tokens, targets), each, tolerance)
     assert_near(model(tokens, targets), each.mean(), tolerance)
     monkeypatch.delattr(HeadLoss, "forward")  # without gradients none are formed
@@ -317,17 +392,24 @@ def test_dropout_acts_in_training_alone(block):
 def test_checkpoints_come_back_and_strangers_are_refused(block, tmp_path):
     model, path = shaken(small(block=block)), tmp_path / "best.pt"
     save_checkpoint(dict(model=model.state_dict(), model_args=model.args, step=3), path)
-    again, rest = load_model(path)
+    rest = load_checkpoint(path)
+    again = LanguageModel.from_checkpoint(rest)
     tokens = torch.randint(97, (1, 5))
     assert torch.equal(again(tokens), model(tokens)) and rest["step"] == 3
     whole = path.read_bytes()
-    for spoiled in (b"", whole[:1000], whole[: len(whole) // 2], b"text", b"PK\x03\x04" + b"x" * 100):
+    for spoiled in (
+        b"",
+        whole[:1000],
+        whole[: len(whole) // 2],
+        b"text",
+        b"PK\x03\x04" + b"x" * 100,
+    ):
         path.write_bytes(spoiled)
         with pytest.raises(UserError, match="not a whole checkpoint"):
             load_checkpoint(path)
     save_checkpoint(dict(model={}, model_args={"width": 3}, step=3), path)
     with pytest.raises(UserError, match="another model"):
-        load_model(path)
+        LanguageModel.from_checkpoint(load_checkpoint(path))
     torch.save({"weights": torch.zeros(2)}, path)
     with pytest.raises(UserError, match="not a whole checkpoint"):
         load_checkpoint(path)

@@ -1,3 +1,5 @@
+from lab.console import UserError
+
 import contextlib
 import errno
 import hashlib
@@ -16,16 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from helpers import ROOT, load_tokens
 
 import prepare
-from config import UserError
-from data import load_meta, load_tokenizer, load_tokens
-from lab import sources
+from lab import readers
+from lab.data import Dataset, load_tokenizer
 from lab.files import Lock
 from prepare import encode_rows
 
-TRAIN = [" \n", " = Title = \n", " \n", " The cat sat on the mat . It 's <|endoftext|> 42 . \n", " naïve – Ω 日本語 \n"]
+TRAIN = [
+    " \n",
+    " = Title = \n",
+    " \n",
+    " The cat sat on the mat . It 's <|endoftext|> 42 . \n",
+    " naïve – Ω 日本語 \n",
+]
 VAL = [" = Other = \n", " A dog . \n"]
 
 
@@ -46,14 +53,31 @@ def slow_ids(encoding, rows, separator):
     ids = []
     for row in rows:
         if row.strip():
-            ids += encoding.encode_ordinary(row.strip() if separator == "none" else row.removesuffix("\n") + "\n")
+            ids += encoding.encode_ordinary(
+                row.strip() if separator == "none" else row.removesuffix("\n") + "\n"
+            )
     return ids
 
 
 ROWS = [
-    *TRAIN, "", "  two spaces\n", "\tone tab\n", "no newline", "ends in spaces   \n", " \u3000wide\n", "  \n", "a\n",
-    "inner\nnewline\r\n\n  here \n", "\nfirst\n", "\n\nfirst\n", "x\r\n", " \r\n", "\x1c\n", "\u2028y\u2028\n",
-    "123456\n", "'s\n",
+    *TRAIN,
+    "",
+    "  two spaces\n",
+    "\tone tab\n",
+    "no newline",
+    "ends in spaces   \n",
+    " \u3000wide\n",
+    "  \n",
+    "a\n",
+    "inner\nnewline\r\n\n  here \n",
+    "\nfirst\n",
+    "\n\nfirst\n",
+    "x\r\n",
+    " \r\n",
+    "\x1c\n",
+    "\u2028y\u2028\n",
+    "123456\n",
+    "'s\n",
 ]
 
 
@@ -68,34 +92,42 @@ def test_joined_rows_encode_as_each_row_by_itself(encoding, separator):
         assert words == sum(len(row.split()) for row in rows)
 
 
-@pytest.mark.parametrize("separator, tokens, words", [("none", 242_643, 213_886), ("newline", 247_289, 217_646)])
+@pytest.mark.parametrize(
+    "separator, tokens, words", [("none", 242_643, 213_886), ("newline", 247_289, 217_646)]
+)
 def test_counts_of_the_real_validation_text(shared_data, tmp_path, separator, tokens, words):
     write_raw(tmp_path / "src")
     (tmp_path / "src" / "wiki.valid.raw").write_bytes((shared_data / "wiki.valid.raw").read_bytes())
     meta = prepare.prepare("wikitext-2", tmp_path / "src", separator, tmp_path / "data")
-    assert (meta["splits"]["val"]["tokens"], meta["splits"]["val"]["words"]) == (tokens, words)
-    assert meta["splits"]["val"]["rows"] == 3760
+    assert (meta.counts["val"].tokens, meta.counts["val"].words) == (tokens, words)
+    assert meta.counts["val"].rows == 3760
 
 
 def test_token_files_are_raw_uint16_and_meta_tells_the_truth(encoding, tmp_path):
-    prepare.prepare("wikitext-2", write_raw(tmp_path / "src"), data_dir=tmp_path / "data", num_workers=2)
+    prepare.prepare(
+        "wikitext-2", write_raw(tmp_path / "src"), data_dir=tmp_path / "data", num_workers=2
+    )
     raw = (tmp_path / "data/wikitext-2/train.bin").read_bytes()
     ids = np.frombuffer(raw, np.uint16).tolist()
     assert ids == slow_ids(encoding, TRAIN, "none")
-    entry = load_meta("wikitext-2", tmp_path / "data")["splits"]["train"]
+    entry = vars(Dataset("wikitext-2", tmp_path / "data").counts["train"])
     assert entry["tokens"] == len(ids) and entry["rows"] == 5
     assert entry["sha256"] == hashlib.sha256(raw).hexdigest()
     assert load_tokens("wikitext-2", "train", tmp_path / "data").tolist() == ids
 
 
 def as_txt(folder):
-    (folder / "train.txt").write_text("\ufeff" + "".join(TRAIN).replace("\n", "\r\n"), encoding="utf-8", newline="")
+    (folder / "train.txt").write_text(
+        "\ufeff" + "".join(TRAIN).replace("\n", "\r\n"), encoding="utf-8", newline=""
+    )
     (folder / "validation.txt").write_text("".join(VAL).removesuffix("\n"), encoding="utf-8")
 
 
 def as_jsonl(folder):
     for name, rows in (("train", TRAIN), ("validation", VAL)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows) + "\n")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": row}) + "\n" for row in rows) + "\n"
+        )
 
 
 def as_shards(folder):
@@ -118,9 +150,11 @@ def test_every_kind_of_source_gives_the_same_tokens(encoding, tmp_path, make, se
     source = tmp_path / "src/wikitext-2-raw-v1.zip" if make is as_zip else tmp_path / "src"
     meta = prepare.prepare("own", source, separator, tmp_path / "data")
     words, rows = sum(len(row.split()) for row in TRAIN), len(TRAIN)
-    assert meta["splits"]["train"]["words"] == words + (rows if separator == "newline" else 0)
+    assert meta.counts["train"].words == words + (rows if separator == "newline" else 0)
     for split, rows in (("train", TRAIN), ("val", VAL)):
-        assert load_tokens("own", split, tmp_path / "data").tolist() == slow_ids(encoding, rows, separator)
+        assert load_tokens("own", split, tmp_path / "data").tolist() == slow_ids(
+            encoding, rows, separator
+        )
 
 
 def left_in(folder):
@@ -129,25 +163,35 @@ def left_in(folder):
 
 
 def test_one_text_file_is_split_between_rows(encoding, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 64)  # several blocks, so that their seams are tried too
+    monkeypatch.setattr(readers, "BLOCK", 64)  # several blocks, so that their seams are tried too
     rows = [f"row {i} ünd {'x' * (i % 7)}\n" for i in range(100)]
     (tmp_path / "book.txt").write_text("".join(rows), encoding="utf-8")
-    meta = prepare.prepare("book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.2)
-    train, val = (load_tokens("book", split, tmp_path / "data").tolist() for split in ("train", "val"))
+    meta = prepare.prepare(
+        "book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.2
+    )
+    train, val = (
+        load_tokens("book", split, tmp_path / "data").tolist() for split in ("train", "val")
+    )
     assert train + val == slow_ids(encoding, rows, "none")
-    assert 15 <= meta["splits"]["val"]["rows"] <= 25 and sum(s["rows"] for s in meta["splits"].values()) == 100
+    assert 15 <= meta.counts["val"].rows <= 25 and sum(s.rows for s in meta.counts.values()) == 100
     spoiled = bytearray((tmp_path / "book.txt").read_bytes())
     spoiled[-4] = 0xFF  # in the validation part, whose bytes are counted from the file's beginning
     (tmp_path / "book.txt").write_bytes(spoiled)
     with pytest.raises(UserError, match=f"at byte {len(spoiled) - 4:,};"):
-        prepare.prepare("book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.2, force=True)
-    assert load_tokens("book", "train", tmp_path / "data").tolist() == train  # what was prepared before is untouched
+        prepare.prepare(
+            "book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.2, force=True
+        )
+    assert (
+        load_tokens("book", "train", tmp_path / "data").tolist() == train
+    )  # what was prepared before is untouched
 
 
 def test_a_cut_at_a_row_s_start_gives_no_row_to_both_parts(tmp_path):
     (tmp_path / "book.txt").write_text("ab\n" * 8)
-    meta = prepare.prepare("book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.25)
-    assert [meta["splits"][split]["rows"] for split in ("train", "val")] == [6, 2]
+    meta = prepare.prepare(
+        "book", tmp_path / "book.txt", "none", tmp_path / "data", val_fraction=0.25
+    )
+    assert [meta.counts[split].rows for split in ("train", "val")] == [6, 2]
 
 
 def test_prepared_and_unchanged_is_left_alone(tmp_path, capsys):
@@ -163,7 +207,7 @@ def test_prepared_and_unchanged_is_left_alone(tmp_path, capsys):
         prepare.prepare("own", source, data_dir=data)
     assert (data / "own/train.bin").stat().st_ino == before
     prepare.prepare("own", source, data_dir=data, force=True)
-    assert load_meta("own", data)["splits"]["val"]["words"] == 1
+    assert Dataset("own", data).counts["val"].words == 1
 
 
 def test_a_user_s_own_files_in_the_target_folder_are_left_alone(encoding, tmp_path):
@@ -173,20 +217,25 @@ def test_a_user_s_own_files_in_the_target_folder_are_left_alone(encoding, tmp_pa
     for force in (False, True):
         prepare.prepare("own", folder, "none", tmp_path / "data", force=force)
         assert (folder / "wiki.train.raw").read_text(encoding="utf-8") == "".join(TRAIN)
-        assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(encoding, TRAIN, "none")
+        assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(
+            encoding, TRAIN, "none"
+        )
     (folder / "meta.json").unlink()
     (folder / "train.bin").write_bytes(b"another program's")
     for force in (False, True):  # nanoGPT's folder is its own
         with pytest.raises(UserError, match="token files without a meta.json, another program's"):
             prepare.prepare("own", folder, data_dir=tmp_path / "data", force=force)
-    with pytest.raises(UserError, match="another program's, such as nanoGPT's; prepare the text anew"):
-        load_meta("own", tmp_path / "data")
+    with pytest.raises(
+        UserError, match="another program's, such as nanoGPT's; prepare the text anew"
+    ):
+        Dataset("own", tmp_path / "data")
     assert (folder / "train.bin").read_bytes() == b"another program's"
 
 
 @pytest.mark.parametrize("elsewhere", ["tmp", "/dev/shm"])
 def test_a_linked_folder_is_written_into(tmp_path, elsewhere, encoding):
-    """A link to another file system; an empty one is welcome, and what it held stays until the new lies beside it."""
+    """A link to another file system; an empty one is welcome, and what it held stays until the
+    new lies beside it."""
     parent = tmp_path / "disk" if elsewhere == "tmp" else Path(elsewhere)
     if elsewhere != "tmp" and not (parent.is_dir() and os.access(parent, os.W_OK)):
         pytest.skip("no other file system here")
@@ -194,15 +243,23 @@ def test_a_linked_folder_is_written_into(tmp_path, elsewhere, encoding):
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         (tmp_path / "data").mkdir()
         (tmp_path / "data/own").symlink_to(folder)
-        prepare.prepare("own", write_raw(tmp_path / "src"), separator="none", data_dir=tmp_path / "data")
+        prepare.prepare(
+            "own", write_raw(tmp_path / "src"), separator="none", data_dir=tmp_path / "data"
+        )
         spoiled = write_raw(tmp_path / "spoiled")
         (spoiled / "wiki.valid.raw").write_bytes(b"\xff")
         with pytest.raises(UserError):
-            prepare.prepare("own", spoiled, separator="none", data_dir=tmp_path / "data", force=True)
-        assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(encoding, TRAIN, "none")
+            prepare.prepare(
+                "own", spoiled, separator="none", data_dir=tmp_path / "data", force=True
+            )
+        assert load_tokens("own", "train", tmp_path / "data").tolist() == slow_ids(
+            encoding, TRAIN, "none"
+        )
         source = write_raw(tmp_path / "src", val=["else here\n"])
         prepare.prepare("own", source, "none", tmp_path / "data", force=True)
-        assert load_tokens("own", "val", tmp_path / "data").tolist() == slow_ids(encoding, ["else here\n"], "none")
+        assert load_tokens("own", "val", tmp_path / "data").tolist() == slow_ids(
+            encoding, ["else here\n"], "none"
+        )
         assert (tmp_path / "data/own").is_symlink()
         assert sorted(os.listdir(folder)) == ["meta.json", "train.bin", "val.bin"]
 
@@ -213,7 +270,9 @@ def test_two_at_once_do_not_mix(tmp_path):
     with Lock() as lock:
         lock.take(tmp_path / "data/.own.lock", "", "")
         (tmp_path / "data/.own.partial").mkdir()  # the other's
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .+; wait for it, or choose"):
+        with pytest.raises(
+            UserError, match=f"in use by process {os.getpid()} on .+; wait for it, or choose"
+        ):
             prepare.prepare("own", source, data_dir=tmp_path / "data")
         assert (tmp_path / "data/.own.partial").exists()
     prepare.prepare("own", source, data_dir=tmp_path / "data")
@@ -237,17 +296,26 @@ def test_a_split_that_the_new_source_lacks_does_not_stay_behind(tmp_path):
     prepare.prepare("own", source, data_dir=tmp_path / "data")
     (source / "wiki.test.raw").unlink()
     prepare.prepare("own", source, data_dir=tmp_path / "data", force=True)
-    assert sorted(f.name for f in (tmp_path / "data/own").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(f.name for f in (tmp_path / "data/own").iterdir()) == [
+        "meta.json",
+        "train.bin",
+        "val.bin",
+    ]
 
 
 def test_a_zip_with_a_password_is_one_line(tmp_path):
     as_zip(write_raw(tmp_path / "src"))
     path = tmp_path / "src/wikitext-2-raw-v1.zip"
     content = path.read_bytes()
-    for signature, flags in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8):  # bit 0 says encrypted, of a file and in the list
+    for signature, flags in (
+        (b"PK\x03\x04", 6),
+        (b"PK\x01\x02", 8),
+    ):  # bit 0 says encrypted, of a file and in the list
         at = -1
         while (at := content.find(signature, at + 1)) >= 0:
-            content = content[: at + flags] + bytes([content[at + flags] | 1]) + content[at + flags + 1 :]
+            content = (
+                content[: at + flags] + bytes([content[at + flags] | 1]) + content[at + flags + 1 :]
+            )
     path.write_bytes(content)
     with pytest.raises(UserError, match="encrypted"):
         prepare.prepare("own", path, data_dir=tmp_path / "data")
@@ -258,7 +326,9 @@ def test_a_zip_with_two_candidates_is_not_guessed_at(tmp_path):
         for folder in ("wikitext-2-raw", "wikitext-103-raw"):
             archive.writestr(f"{folder}/wiki.train.raw", "".join(TRAIN))
             archive.writestr(f"{folder}/wiki.valid.raw", "".join(VAL))
-    with pytest.raises(UserError, match="wikitext-103-raw/wiki.train.raw, wikitext-2-raw/wiki.train.raw"):
+    with pytest.raises(
+        UserError, match="wikitext-103-raw/wiki.train.raw, wikitext-2-raw/wiki.train.raw"
+    ):
         prepare.prepare("own", tmp_path / "both.zip", data_dir=tmp_path / "data")
 
 
@@ -270,14 +340,35 @@ def test_a_zip_with_two_candidates_is_not_guessed_at(tmp_path):
         (lambda s: (s / "wiki.valid.raw").write_bytes(b"ab\nc\xff\n"), "not UTF-8 text at byte 4"),
         (lambda s: (s / "train.txt").write_text("x"), "one file or all of its shards"),
         (
-            lambda s: [(s / "wiki.train.raw").unlink(), as_shards(s), (s / "train-00001-of-00002.parquet").unlink()],
+            lambda s: [
+                (s / "wiki.train.raw").unlink(),
+                as_shards(s),
+                (s / "train-00001-of-00002.parquet").unlink(),
+            ],
             "shards",
         ),
-        (lambda s: [(s / "wiki.train.raw").unlink(), (s / "wiki.train.raw").mkdir()], "cannot prepare"),
-        (lambda s: [(s / "wiki.train.raw").unlink(), (s / "train.parquet").write_text("x")], "parquet"),
-        (lambda s: [(s / "wiki.train.raw").unlink(), (s / "train.jsonl").write_text('{"text": 1}')], "line 1"),
-        (lambda s: [(s / "wiki.train.raw").unlink(), pq.write_table(pa.table({"text": [[1]]}), s / "train.parquet")],
-         'column "text"'),
+        (
+            lambda s: [(s / "wiki.train.raw").unlink(), (s / "wiki.train.raw").mkdir()],
+            "cannot prepare",
+        ),
+        (
+            lambda s: [(s / "wiki.train.raw").unlink(), (s / "train.parquet").write_text("x")],
+            "parquet",
+        ),
+        (
+            lambda s: [
+                (s / "wiki.train.raw").unlink(),
+                (s / "train.jsonl").write_text('{"text": 1}'),
+            ],
+            "line 1",
+        ),
+        (
+            lambda s: [
+                (s / "wiki.train.raw").unlink(),
+                pq.write_table(pa.table({"text": [[1]]}), s / "train.parquet"),
+            ],
+            'column "text"',
+        ),
     ],
 )
 def test_bad_sources_end_in_one_line_and_leave_nothing(tmp_path, spoil, says):
@@ -303,7 +394,10 @@ def test_mistakes_on_the_command_line(script):
     assert "unknown data set" in script("prepare.py", "wikitext-1", code=2).stderr
     assert "unknown data set" in script("prepare.py", "own", "--source", "", code=2).stderr
     assert "nothing at nowhere" in script("prepare.py", "own", "--source", "nowhere", code=2).stderr
-    assert "val_fraction" in script("prepare.py", "own", "--source", ".", "--val_fraction", "2", code=2).stderr
+    assert (
+        "val_fraction"
+        in script("prepare.py", "own", "--source", ".", "--val_fraction", "2", code=2).stderr
+    )
     assert "cannot name a folder" in script("prepare.py", "../own", "--source", ".", code=2).stderr
 
 
@@ -311,16 +405,24 @@ def test_mistakes_on_the_command_line(script):
 def test_an_interrupted_prepare_leaves_nothing(tmp_path, number):
     source = write_raw(tmp_path / "src")
     (source / "wiki.train.raw").unlink()
-    os.mkfifo(source / "wiki.train.raw")  # the reader waits on it, in the midst of preparing, for as long as we like
+    os.mkfifo(
+        source / "wiki.train.raw"
+    )  # the reader waits on it, in the midst of preparing, for as long as we like
     (tmp_path / "data/.own.partial").mkdir(parents=True)  # what a killed one left behind
     code = (
-        "import prepare, sys; from lab.console import run; sys.argv[1:] = ['own', '--source', 'src']\n"
+        "import prepare, sys; from lab.console import run\n"
+        "sys.argv[1:] = ['own', '--source', 'src']\n"
         "prepare.fingerprint = lambda *args: ''; progress = prepare.progress\n"
-        "prepare.progress = lambda *args, **kw: print('begun', flush=True) or progress(*args, **kw)\n"
+        "prepare.progress = "
+        "lambda *args, **kw: print('begun', flush=True) or progress(*args, **kw)\n"
         "run(prepare.main)"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                             stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
     assert child.stdout.readline() == b"begun\n"  # train.bin is open, and the fifo gives nothing
     assert (tmp_path / "data/.own.partial/train.bin").exists()
     child.send_signal(number)
@@ -333,7 +435,11 @@ def test_damaged_token_files_are_refused(tmp_path):
     prepare.prepare("own", write_raw(tmp_path / "src"), data_dir=data)
     path = data / "own/train.bin"
     whole = path.read_bytes()
-    for spoiled, says in ((whole[:-1], "bytes where"), (b"", "bytes where"), (whole[:-2] + b"\xff\xff", "id 65535")):
+    for spoiled, says in (
+        (whole[:-1], "bytes where"),
+        (b"", "bytes where"),
+        (whole[:-2] + b"\xff\xff", "another SHA-256"),
+    ):
         path.write_bytes(spoiled)
         with pytest.raises(UserError, match=says):
             load_tokens("own", "train", data)
@@ -346,17 +452,19 @@ def test_damaged_token_files_are_refused(tmp_path):
 
 def test_the_demo_is_python_s_own_documentation(encoding, tmp_path):
     meta = prepare.prepare("demo", data_dir=tmp_path)
-    assert meta["separator"] == "newline"
-    sizes = [meta["splits"][split]["bytes"] for split in ("train", "val", "test")]
+    assert meta.separator == "newline"
+    sizes = [meta.counts[split].bytes for split in ("train", "val", "test")]
     assert 0.85 < sizes[0] / sum(sizes) < 0.95 and min(sizes) > 0.03 * sum(sizes)
     assert "statement" in encoding.decode(load_tokens("demo", "train", tmp_path).tolist())
 
 
-# --- the hub, through the real load_dataset -------------------------------------------------------------------------
+# --- the hub, through the real load_dataset
+# -------------------------------------------------------------------------
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What load_dataset asks of the Hugging Face hub, in the real repository's layout; files: path -> bytes."""
+    """What load_dataset asks of the Hugging Face hub, in the real repository's layout; files:
+    path -> bytes."""
 
     protocol_version = "HTTP/1.1"
     repository, base, files = "", "", {}
@@ -375,8 +483,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def entry(self, path):
         body = self.files.get(path)
         if body is None:
-            return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0}
-        return {"type": "file", "path": path, "oid": hashlib.sha1(body).hexdigest(), "size": len(body)}
+            return {
+                "type": "directory",
+                "path": path,
+                "oid": hashlib.sha1(path.encode()).hexdigest(),
+                "size": 0,
+            }
+        return {
+            "type": "file",
+            "path": path,
+            "oid": hashlib.sha1(body).hexdigest(),
+            "size": len(body),
+        }
 
     def do_GET(self):
         path = self.path.partition("?")[0]
@@ -386,16 +504,34 @@ class Hub(http.server.BaseHTTPRequestHandler):
             if body is None:
                 return self.answer(status=404, X_Error_Code="EntryNotFound")
             etag = f'"{hashlib.sha1(body).hexdigest()}"'
-            return self.answer(body, ETag=etag, X_Repo_Commit=prepare.REVISION, Accept_Ranges="bytes")
+            return self.answer(
+                body, ETag=etag, X_Repo_Commit=prepare.REVISION, Accept_Ranges="bytes"
+            )
         if path.startswith(f"/api{self.base}/tree/{prepare.REVISION}"):
             under = path.removeprefix(f"/api{self.base}/tree/{prepare.REVISION}").strip("/")
-            inside = {f[len(under) + 1 if under else 0 :].split("/")[0] for f in self.files if f.startswith(under)}
-            return self.answer_json([self.entry(f"{under}/{name}".strip("/")) for name in sorted(inside)])
+            inside = {
+                f[len(under) + 1 if under else 0 :].split("/")[0]
+                for f in self.files
+                if f.startswith(under)
+            }
+            return self.answer_json(
+                [self.entry(f"{under}/{name}".strip("/")) for name in sorted(inside)]
+            )
         if path.startswith(f"/api{self.base}"):
             siblings = [{"rfilename": name} for name in self.files]
-            return self.answer_json({"id": self.repository, "sha": prepare.REVISION, "siblings": siblings,
-                                     "private": False, "gated": False, "disabled": False, "tags": [],
-                                     "downloads": 0, "likes": 0})
+            return self.answer_json(
+                {
+                    "id": self.repository,
+                    "sha": prepare.REVISION,
+                    "siblings": siblings,
+                    "private": False,
+                    "gated": False,
+                    "disabled": False,
+                    "tags": [],
+                    "downloads": 0,
+                    "likes": 0,
+                }
+            )
         self.answer(status=404)
 
     do_HEAD = do_GET
@@ -406,7 +542,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if "/paths-info/" not in self.path:
             return self.answer(status=404)
         names = json.loads(body)["paths"]
-        known = [n for n in names if n in self.files or any(f.startswith(n + "/") for f in self.files)]
+        known = [
+            n for n in names if n in self.files or any(f.startswith(n + "/") for f in self.files)
+        ]
         self.answer_json([self.entry(name) for name in known])
 
     def log_message(self, *args):
@@ -416,11 +554,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve(tmp_path, repository, files):
     """A stand-in hub on loopback that holds a repository, {path: bytes}: the env to use it."""
-    handler = type("H", (Hub,), {"files": files, "repository": repository, "base": f"/datasets/{repository}"})
+    handler = type(
+        "H", (Hub,), {"files": files, "repository": repository, "base": f"/datasets/{repository}"}
+    )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
-           "HF_HUB_DISABLE_TELEMETRY": "1"}
+    yield {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     server.shutdown()
     server.server_close()
 
@@ -446,14 +589,26 @@ def hub(tmp_path):
 def test_wikitext_from_the_hub(encoding, tmp_path, hub, script):
     done = script("prepare.py", "wikitext-2", env=hub)
     assert "is prepared" in done.stdout
-    meta = load_meta("wikitext-2", tmp_path / "data")
-    assert meta["source"]["revision"] == prepare.REVISION and [*meta["splits"]] == ["train", "val", "test"]
-    assert load_tokens("wikitext-2", "train", tmp_path / "data").tolist() == slow_ids(encoding, TRAIN, "none")
-    assert load_tokens("wikitext-2", "val", tmp_path / "data").tolist() == slow_ids(encoding, VAL, "none")
+    dataset = Dataset("wikitext-2", tmp_path / "data")
+    assert dataset.source["revision"] == prepare.REVISION and [*dataset.counts] == [
+        "train",
+        "val",
+        "test",
+    ]
+    assert load_tokens("wikitext-2", "train", tmp_path / "data").tolist() == slow_ids(
+        encoding, TRAIN, "none"
+    )
+    assert load_tokens("wikitext-2", "val", tmp_path / "data").tolist() == slow_ids(
+        encoding, VAL, "none"
+    )
 
 
 def test_no_hub_is_one_line_that_names_the_host(tmp_path, script):
-    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    env = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
     done = script("prepare.py", "wikitext-103", env=env, code=2)
     assert "127.0.0.1:9" in done.stderr and "--source" in done.stderr
     assert not left_in(tmp_path / "data")
@@ -467,18 +622,27 @@ def test_any_data_set_of_the_hub(encoding, tmp_path, script):
     readme = "---\nconfigs:\n"
     for config, split, path in (("all", "train", "data/train-*"), ("two", "test", "two/test-*")):
         readme += f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {path}\n"
-    files = {"README.md": f"{readme}---\n".encode(),
-             "data/train-00000-of-00001.parquet": (tmp_path / "t.parquet").read_bytes(),
-             "two/test-00000-of-00001.parquet": (tmp_path / "e.parquet").read_bytes()}
+    files = {
+        "README.md": f"{readme}---\n".encode(),
+        "data/train-00000-of-00001.parquet": (tmp_path / "t.parquet").read_bytes(),
+        "two/test-00000-of-00001.parquet": (tmp_path / "e.parquet").read_bytes(),
+    }
     with serve(tmp_path, "someone/Stories", files) as env:
+
         def run(*words, **kwargs):
-            return script("prepare.py", "stories", "--hub", "someone/Stories", *words, env=env, **kwargs)
+            return script(
+                "prepare.py", "stories", "--hub", "someone/Stories", *words, env=env, **kwargs
+            )
 
         assert "is prepared" in run("--config", "all", "--column", "story").stdout
-        train, val = (load_tokens("stories", split, tmp_path / "data").tolist() for split in ("train", "val"))
-        assert val == [id for i in (19, 39) for id in [*encoding.encode_ordinary(stories[i]), 50256]]
+        train, val = (
+            load_tokens("stories", split, tmp_path / "data").tolist() for split in ("train", "val")
+        )
+        assert val == [
+            id for i in (19, 39) for id in [*encoding.encode_ordinary(stories[i]), 50256]
+        ]
         assert train.count(50256) == 48
-        source = load_meta("stories", tmp_path / "data")["source"]
+        source = Dataset("stories", tmp_path / "data").source
         assert source["name"] == "someone/Stories all" and source["revision"] == prepare.REVISION
         assert "'all', 'two'" in run("--force", code=2).stderr  # which --config there is
         assert "--column takes one of story" in run("--config", "all", "--force", code=2).stderr
@@ -487,4 +651,6 @@ def test_any_data_set_of_the_hub(encoding, tmp_path, script):
     again = script("prepare.py", "stories", *words, env=env)
     assert "already prepared" in again.stdout  # without a hub
     assert load_tokens("stories", "train", tmp_path / "data").tolist() == train
-    assert "two places" in script("prepare.py", "own", "--hub", "x/y", "--source", "z", code=2).stderr
+    assert (
+        "two places" in script("prepare.py", "own", "--hub", "x/y", "--source", "z", code=2).stderr
+    )

@@ -1,3 +1,5 @@
+from lab.console import UserError
+
 import io
 import json
 import os
@@ -6,15 +8,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from helpers import assert_near, near
+from helpers import ROOT, assert_near, near
 
 import sample
-from config import UserError
-from data import load_tokenizer
-from model import Cache, LanguageModel
-from record import save_checkpoint
-from sample import choose, find_checkpoint, generate
+from lab.checkpoint import save as save_checkpoint
+from lab.data import load_tokenizer
+from lab.generate import Sampling, choose, generate
+from model import LanguageModel
+from sample import find_checkpoint
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def checkpoint(tmp_path, monkeypatch):
     model = LanguageModel(50257, 8, 8, 2, 16, 1)
     (tmp_path / "out/run").mkdir(parents=True)
     save_checkpoint(
-        dict(model=model.state_dict(), model_args=model.args, step=7, metrics={"val_ppl": 12.5}), "out/run/best.pt"
+        dict(model=model.state_dict(), model_args=model.args, step=7, metrics={"val_ppl": 12.5}),
+        "out/run/best.pt",
     )
     return "out/run/best.pt"
 
@@ -51,14 +53,19 @@ def say(capsys, *words):
 # --- the cache, against the whole forward pass
 
 
+@pytest.mark.arithmetic
 @torch.no_grad()
 @pytest.mark.parametrize("block", ["gpt2", "modern"])
 def test_cached_logits_are_the_uncached_ones_at_every_position(block):
     model = loud(block=block)
     tokens = torch.randint(60, (3, 8))
     lengths = [1, 3, 6]
-    cache = Cache(model, 3)
-    x = model.prefill([row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)], cache, [0, 1, 2])
+    cache = model.cache(3)
+    x = model.prefill(
+        [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)],
+        cache,
+        [0, 1, 2],
+    )
     whole = model(tokens)
     for row, length in enumerate(lengths):
         assert_near(model.head(x)[row], whole[row, length - 1], LOGITS)
@@ -66,10 +73,13 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(block):
         at = [min(length + step, 7) for length in lengths]
         x = model.decode(tokens[[0, 1, 2], at], cache)
         for row, length in enumerate(lengths):
-            if length + step < 8:  # rows that are full are somebody else's concern, and disturb no other
+            if (
+                length + step < 8
+            ):  # rows that are full are somebody else's concern, and disturb no other
                 assert_near(model.head(x)[row], whole[row, length + step], LOGITS)
 
 
+@pytest.mark.arithmetic
 @torch.no_grad()
 @pytest.mark.parametrize("block", ["gpt2", "modern"])
 @pytest.mark.parametrize("context", [1, 2, 7, 8])
@@ -77,9 +87,16 @@ def test_text_past_the_context_is_that_of_the_slow_path(context, block):
     """The slow path does the same without a cache: a full context goes on from its last half."""
     model = loud(context, block=block)
     prompts = [[5], [9, 8, 7], list(range(20))]
-    drawn = list(zip(*[ids for ids, _ in generate(model, prompts, 25, 1.0, top_k=0, seed=3)], strict=True))
+    drawn = list(
+        zip(
+            *[ids for ids, _ in generate(model, prompts, 25, Sampling(1.0, top_k=0, seed=3))],
+            strict=True,
+        )
+    )
     for i, prompt in enumerate(prompts):
-        uniform = torch.rand(25, dtype=torch.float64, generator=torch.Generator().manual_seed(3 + i))
+        uniform = torch.rand(
+            25, dtype=torch.float64, generator=torch.Generator().manual_seed(3 + i)
+        )
         seen, out = prompt[-context:], []
         for u in uniform:
             logits = model(torch.tensor([seen]))[:, -1]
@@ -90,20 +107,30 @@ def test_text_past_the_context_is_that_of_the_slow_path(context, block):
         assert out == list(drawn[i]) and len(set(out)) > 3
 
 
+@pytest.mark.arithmetic
 def test_a_text_does_not_depend_on_those_beside_it():
     model, prompt = loud(), [[1, 2, 3]]
-    together = list(zip(*[ids for ids, _ in generate(model, prompt * 3, 12, seed=5)], strict=True))
+    together = list(
+        zip(*[ids for ids, _ in generate(model, prompt * 3, 12, Sampling(seed=5))], strict=True)
+    )
     for i in range(3):
-        assert [ids[0] for ids, _ in generate(model, prompt, 12, seed=5 + i)] == list(together[i])
+        assert [ids[0] for ids, _ in generate(model, prompt, 12, Sampling(seed=5 + i))] == list(
+            together[i]
+        )
     assert len(set(together)) == 3
 
 
+@pytest.mark.arithmetic
 @torch.no_grad()
 def test_logprobs_are_the_model_s_own():
     model = loud()
-    steps = list(generate(model, [[1, 2]], 5, temperature=0.3, top_k=3, repetition_penalty=2.0))
+    steps = list(generate(model, [[1, 2]], 5, Sampling(0.3, 3, repetition_penalty=2.0)))
     tokens = [1, 2] + [ids[0] for ids, _ in steps]
-    each = model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[1:, 0]
+    each = (
+        model(torch.tensor([tokens[:-1]]))[0]
+        .log_softmax(-1)
+        .gather(1, torch.tensor(tokens[1:])[:, None])[1:, 0]
+    )
     assert_near(torch.tensor([logprobs[0] for _, logprobs in steps]), each, LOGITS)
 
 
@@ -119,7 +146,9 @@ def test_choices_keep_to_what_is_allowed():
 
     for kwargs in ({}, {"top_k": 99}, {"top_p": 0.9999}):
         counts = drawn(**kwargs).bincount(minlength=5) / 4000
-        torch.testing.assert_close(counts, logits.exp()[0], atol=2 / 4000, rtol=0)  # both ends of its stretch
+        torch.testing.assert_close(
+            counts, logits.exp()[0], atol=2 / 4000, rtol=0
+        )  # both ends of its stretch
     for temperature in 0, 1e-9, 5e-324:  # so near 0 that a quotient by it would overflow
         for top_k in 0, 3:
             assert set(drawn(temperature=temperature, top_k=top_k).tolist()) == {1}
@@ -134,13 +163,13 @@ def test_choices_keep_to_what_is_allowed():
 
 def test_a_repetition_penalty_keeps_from_what_was_said():
     model = loud()
-    plain = [ids[0] for ids, _ in generate(model, [[1]], 30, temperature=0)]
-    careful = [ids[0] for ids, _ in generate(model, [[1]], 30, temperature=0, repetition_penalty=1e6)]
+    plain = [ids[0] for ids, _ in generate(model, [[1]], 30, Sampling(0))]
+    careful = [ids[0] for ids, _ in generate(model, [[1]], 30, Sampling(0, repetition_penalty=1e6))]
     assert len(set(careful)) == 30 and 1 not in careful and len(set(plain)) < 30
 
 
 def test_ids_that_are_no_words_are_never_drawn():
-    drawn = [ids for ids, _ in generate(loud(), [[1]] * 20, 30, temperature=5.0, top_k=0, vocab_size=10)]
+    drawn = [ids for ids, _ in generate(loud(), [[1]] * 20, 30, Sampling(5.0, 0), vocab_size=10)]
     assert max(map(max, drawn)) == 9
 
 
@@ -149,9 +178,14 @@ def test_ids_that_are_no_words_are_never_drawn():
 
 def test_text_begins_with_its_start_and_follows_from_the_seed(checkpoint, capsys):
     first = say(capsys, "--start", "The cat sat on the")
-    assert first.out.startswith("The cat sat on the") and len(first.out) > len("The cat sat on the") + 12
+    assert (
+        first.out.startswith("The cat sat on the")
+        and len(first.out) > len("The cat sat on the") + 12
+    )
     assert "out/run/best.pt: step 7, validation perplexity 12.50" in first.err
-    assert "first token after" in first.err and "tokens/s" in first.err and "tokens/s" not in first.out
+    assert (
+        "first token after" in first.err and "tokens/s" in first.err and "tokens/s" not in first.out
+    )
     assert say(capsys, "--start", "The cat sat on the").out == first.out
     assert say(capsys, "--start", "The cat sat on the", "--seed", "1").out != first.out
     three = say(capsys, "--start", "The cat sat on the", "--num_samples", "3").out.split("\n---\n")
@@ -162,7 +196,9 @@ def test_characters_are_printed_whole(capsys):
     encoding = load_tokenizer()
     printer = sample.Printer(encoding)
     ids = encoding.encode("naïve 日本 🙂")
-    assert any(b"\xef\xbf\xbd" in encoding.decode([id]).encode() for id in ids)  # tokens that end inside one
+    assert any(
+        b"\xef\xbf\xbd" in encoding.decode([id]).encode() for id in ids
+    )  # tokens that end inside one
     shown = []
     for id in ids:
         printer([id])
@@ -174,7 +210,9 @@ def test_start_from_a_file_and_an_empty_start(checkpoint, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("naïve text", encoding="utf-8")
     assert say(capsys, "--start", "FILE:prompt.txt").out.startswith("naïve text")
     assert say(capsys, "--start", "").out
-    assert say(capsys, "--start", "a prompt longer than the model's context " * 9).out.startswith("a prompt longer")
+    assert say(capsys, "--start", "a prompt longer than the model's context " * 9).out.startswith(
+        "a prompt longer"
+    )
     assert say(capsys, "--top_k", "99999").out
     with pytest.raises(UserError, match="cannot read none.txt"):
         sample.main(["--start", "FILE:none.txt"])
@@ -182,12 +220,18 @@ def test_start_from_a_file_and_an_empty_start(checkpoint, capsys, tmp_path):
 
 def test_prompts_of_a_file_as_lines_of_json(checkpoint, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("The cat\n\nIn mathematics, one\n", encoding="utf-8")
-    lines = say(capsys, "--prompts", "prompts.txt", "--num_samples", "2", "--format", "jsonl").out.splitlines()
+    lines = say(
+        capsys, "--prompts", "prompts.txt", "--num_samples", "2", "--format", "jsonl"
+    ).out.splitlines()
     texts = [json.loads(line) for line in lines]
     assert [text["prompt"] for text in texts] == ["The cat"] * 2 + ["In mathematics, one"] * 2
     encoding = load_tokenizer()
     for text in texts:
-        assert len(text["tokens"]) == 12 and encoding.decode(text["tokens"]) == text["text"] and text["logprob"] < 0
+        assert (
+            len(text["tokens"]) == 12
+            and encoding.decode(text["tokens"]) == text["text"]
+            and text["logprob"] < 0
+        )
     alone = say(capsys, "--start", "The cat", "--format", "jsonl").out
     assert json.loads(alone)["text"] == texts[0]["text"]
 
@@ -196,26 +240,37 @@ def test_a_prompt_ends_at_a_line_end_and_nowhere_else(checkpoint, capsys, tmp_pa
     text = "\ufeffone\x0ctwo\u2028three\x85four\rfive\r\nsix\n"
     (tmp_path / "prompts.txt").write_bytes(text.encode())
     lines = say(capsys, "--prompts", "prompts.txt", "--format", "jsonl").out.splitlines()
-    assert [json.loads(line)["prompt"] for line in lines] == ["one\x0ctwo\u2028three\x85four\rfive", "six"]
+    assert [json.loads(line)["prompt"] for line in lines] == [
+        "one\x0ctwo\u2028three\x85four\rfive",
+        "six",
+    ]
     assert sample.read_text("prompts.txt") == text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def test_a_home_is_expanded(checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "prompt.txt").write_text("The cat")
-    for words in (["--start", "FILE:~/prompt.txt"], ["--prompts", "~/prompt.txt"],
-                  ["--start=The cat", "--out_dir=~/out/run"], ["--start=The cat", "--checkpoint=~/out/run/best.pt"]):
+    for words in (
+        ["--start", "FILE:~/prompt.txt"],
+        ["--prompts", "~/prompt.txt"],
+        ["--start=The cat", "--out_dir=~/out/run"],
+        ["--start=The cat", "--checkpoint=~/out/run/best.pt"],
+    ):
         assert say(capsys, *words).out.startswith("The cat")
 
 
 def test_interactive(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nThe dog\n"))
     shown = say(capsys, "--interactive")
-    assert shown.out.startswith("The cat") and "\nThe dog" in shown.out and shown.err.count("> ") == 3
+    assert (
+        shown.out.startswith("The cat") and "\nThe dog" in shown.out and shown.err.count("> ") == 3
+    )
 
 
 def test_a_closed_pipe_is_no_accident(checkpoint):
-    command = f"{sys.executable} {ROOT}/sample.py --start x --max_new_tokens 400 --device cpu | head -c 1"
+    command = (
+        f"{sys.executable} {ROOT}/sample.py --start x --max_new_tokens 400 --device cpu | head -c 1"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stdout == "x" and "Traceback" not in done.stderr and "Error" not in done.stderr
 
@@ -226,7 +281,9 @@ def test_the_run_trained_last_is_found(checkpoint, tmp_path):
         (tmp_path / "out" / name).write_bytes((tmp_path / checkpoint).read_bytes())
         os.utime(tmp_path / "out" / name, (when, when))
     assert str(find_checkpoint()) == checkpoint
-    (tmp_path / "out/older/last.pt").write_bytes(b"")  # its training goes on: now it is the newer, and best.pt its best
+    (tmp_path / "out/older/last.pt").write_bytes(
+        b""
+    )  # its training goes on: now it is the newer, and best.pt its best
     assert str(find_checkpoint()) == "out/older/best.pt"
     assert str(find_checkpoint("out/run")) == checkpoint
     os.remove("out/run/best.pt")
@@ -235,11 +292,24 @@ def test_the_run_trained_last_is_found(checkpoint, tmp_path):
 
 
 def test_mistakes_are_one_line(script, checkpoint, tmp_path):
-    assert "--temperature must be 0 or more" in script("sample.py", "--temperature", "-1", code=2).stderr
+    assert (
+        "temperature must be finite, at least 0"
+        in script("sample.py", "--temperature", "-1", code=2).stderr
+    )
     (tmp_path / "empty.txt").write_text("\n")
-    for words in (["--top_p", "0"], ["--top_k", "-1"], ["--num_samples", "0"], ["--device", "tpu"],
-                  ["--checkpoint", "none.pt"], ["--out_dir", "none"], ["--repetition_penalty", "0"], ["--seed", "-1"],
-                  ["--prompts", "empty.txt"], ["--prompts", "none.txt"], ["--prompts", "x", "--interactive"]):
+    for words in (
+        ["--top_p", "0"],
+        ["--top_k", "-1"],
+        ["--num_samples", "0"],
+        ["--device", "tpu"],
+        ["--checkpoint", "none.pt"],
+        ["--out_dir", "none"],
+        ["--repetition_penalty", "0"],
+        ["--seed", "-1"],
+        ["--prompts", "empty.txt"],
+        ["--prompts", "none.txt"],
+        ["--prompts", "x", "--interactive"],
+    ):
         with pytest.raises(UserError):
             sample.main(words)
     small = LanguageModel(60, 8, 8, 2, 16, 1)
@@ -251,7 +321,12 @@ def test_mistakes_are_one_line(script, checkpoint, tmp_path):
 def test_a_text_ends_where_the_model_says_so(checkpoint, capsys, monkeypatch, tmp_path):
     encoding = load_tokenizer()
     cat, end = encoding.encode_ordinary(" cat sat on"), encoding.eot_token
-    said = [[cat[0], cat[0]], [cat[1], end], [end, cat[2]], [cat[2], cat[2]]]  # a list a step, of two rows
+    said = [
+        [cat[0], cat[0]],
+        [cat[1], end],
+        [end, cat[2]],
+        [cat[2], cat[2]],
+    ]  # a list a step, of two rows
     asked = []
 
     def fake(model, prompts, *args):
@@ -259,7 +334,9 @@ def test_a_text_ends_where_the_model_says_so(checkpoint, capsys, monkeypatch, tm
         yield from (([ids[i] for i in range(len(prompts))], [-1.0] * len(prompts)) for ids in said)
 
     monkeypatch.setattr(sample, "generate", fake)
-    assert say(capsys, "--start", "The").out == "The cat sat<|endoftext|> on\n"  # a checkpoint that knows no such end
+    assert (
+        say(capsys, "--start", "The").out == "The cat sat<|endoftext|> on\n"
+    )  # a checkpoint that knows no such end
     saved = torch.load(checkpoint, weights_only=True)
     save_checkpoint(saved | {"separator": "endoftext"}, checkpoint)
     assert say(capsys, "--start", "The").out == "The cat sat\n"
@@ -269,4 +346,7 @@ def test_a_text_ends_where_the_model_says_so(checkpoint, capsys, monkeypatch, tm
     lines = say(capsys, "--prompts", "prompts.txt", "--format", "jsonl").out.splitlines()
     texts = [json.loads(line) for line in lines]
     assert [text["text"] for text in texts] == [" cat sat", " cat"]
-    assert [(text["tokens"], text["logprob"]) for text in texts] == [(cat[:2], -2.0), (cat[:1], -1.0)]
+    assert [(text["tokens"], text["logprob"]) for text in texts] == [
+        (cat[:2], -2.0),
+        (cat[:1], -1.0),
+    ]

@@ -1,5 +1,7 @@
 """What is read, of the many ways in which people keep text; tokens depend on the text alone."""
 
+from lab.console import UserError
+
 import gzip
 import json
 import os
@@ -11,18 +13,45 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from helpers import ROOT, load_tokens
 
 import prepare
-from config import UserError
-from data import load_meta, load_tokenizer, load_tokens
-from lab import sources
+from lab import encode, readers, sources
+from lab.data import Dataset, load_tokenizer
 
 END = 50256
 # what GPT-2's pattern looks at, and Python's and Unicode's corners
 PIECES = [
-    " ", "  ", "\n", "\n\n", "\t", "\r\n", "\xa0", "\u3000", "\x1c", "\x00", "a", "word", "Ω", "日本", "。", "7",
-    "1234", "'s", "'", "'ll", "!", ",", "<|endoftext|>", "<|endof", "text|>", "_", "🙂", "\u0301", "x" * 9, " " * 9,
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "\xa0",
+    "\u3000",
+    "\x1c",
+    "\x00",
+    "a",
+    "word",
+    "Ω",
+    "日本",
+    "。",
+    "7",
+    "1234",
+    "'s",
+    "'",
+    "'ll",
+    "!",
+    ",",
+    "<|endoftext|>",
+    "<|endof",
+    "text|>",
+    "_",
+    "🙂",
+    "\u0301",
+    "x" * 9,
+    " " * 9,
 ]
 
 
@@ -67,59 +96,68 @@ def parquet(path, rows, column="text", **options):
 def ids_of(tmp_path, source, separator=None, **options):
     """{split: ids} of a source, prepared anew."""
     meta = prepare.prepare("own", source, separator, tmp_path / "data", force=True, **options)
-    return {split: load_tokens("own", split, tmp_path / "data").tolist() for split in meta["splits"]}
+    return {split: load_tokens("own", split, tmp_path / "data").tolist() for split in meta.counts}
 
 
 @pytest.mark.parametrize("separator", ["none", "newline", "endoftext"])
 def test_tokens_depend_on_the_rows_alone(encoding, tmp_path, monkeypatch, separator):
     """The same rows as .jsonl and .parquet, in blocks of any size, against each row by itself."""
     random = np.random.RandomState(1)
-    monkeypatch.setattr(prepare, "LONG_RUN", 8)
+    monkeypatch.setattr(encode, "LONG_RUN", 8)
     for _ in range(12):
         rows = ["".join(random.choice(PIECES, random.randint(12))) for _ in range(40)] + ["end"]
         expected = slow_ids(encoding, rows, separator)
-        monkeypatch.setattr(sources, "BLOCK", int(random.randint(1, 200)))
+        monkeypatch.setattr(readers, "BLOCK", int(random.randint(1, 200)))
         write(tmp_path / "j", {"train.jsonl": jsonl(rows), "val.jsonl": jsonl(["v v"])})
         parquet(tmp_path / "p/train.parquet", rows, row_group_size=int(random.randint(1, 50)))
         parquet(tmp_path / "p/val.parquet", ["v v"])
         for kind in "jp":
             assert ids_of(tmp_path, tmp_path / kind, separator)["train"] == expected
-        assert load_meta("own", tmp_path / "data")["splits"]["train"]["words"] == sum(
-            len(row.split()) for row in rows) + (len(rows) if separator == "newline" else 0)
+        assert Dataset("own", tmp_path / "data").counts["train"].words == sum(
+            len(row.split()) for row in rows
+        ) + (len(rows) if separator == "newline" else 0)
 
 
 def test_a_document_s_tokens_do_not_depend_on_blocks(encoding, tmp_path, monkeypatch):
     """A text file, cut into blocks of any size, against tiktoken on the whole of it."""
     random = np.random.RandomState(2)
-    monkeypatch.setattr(prepare, "LONG_RUN", 8)
+    monkeypatch.setattr(encode, "LONG_RUN", 8)
     for _ in range(60):
         text = "".join(random.choice(PIECES, 300))
-        monkeypatch.setattr(sources, "BLOCK", int(random.randint(1, 100)))
+        monkeypatch.setattr(readers, "BLOCK", int(random.randint(1, 100)))
         write(tmp_path / "src", {"train.txt": text, "val.txt": "v v"})
         assert ids_of(tmp_path, tmp_path / "src")["train"] == [*encoding.encode_ordinary(text), END]
-        counts = load_meta("own", tmp_path / "data")["splits"]["train"]
-        assert (counts["words"], counts["bytes"], counts["rows"]) == (len(text.split()), len(text.encode()), 1)
+        counts = vars(Dataset("own", tmp_path / "data").counts["train"])
+        assert (counts["words"], counts["bytes"], counts["rows"]) == (
+            len(text.split()),
+            len(text.encode()),
+            1,
+        )
 
 
 def test_a_long_document_is_read_in_parts(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "BLOCK", 100)
+    monkeypatch.setattr(readers, "BLOCK", 100)
     for text in ("word " * 1000, "word\n\n    " * 1000, "字字字，" * 1000, "a,b;" * 1000):
         write(tmp_path, {"long.txt": text})
         file = sources.disk_file(tmp_path / "long.txt", "long.txt")
-        blocks = list(sources.read_text(file, sources.Reading(documents=True)))
+        blocks = list(sources.read_text(file, readers.Reading(documents=True)))
         assert "".join(block.rows[0] for block in blocks) == text
         assert max(len(block.rows[0]) for block in blocks) < 400
         assert [block.begins for block in blocks] == [True] + [False] * (len(blocks) - 1)
 
 
 def test_runs_of_white_space_that_tiktoken_refuses(encoding, tmp_path):
-    """GPT-2's pattern takes a run but for its last character, which stays with the word after it."""
+    """GPT-2's pattern takes a run but for its last character, which stays with the word after
+    it."""
     for run, last in ((" " * 1_200_000, " "), ("\n\t" * 600_000, "\n"), ("\n" * 1_200_000, "\n")):
         with pytest.raises(BaseException, match="(?i)stack"):
             encoding.encode_ordinary(f"x{run}{last}y")
         write(tmp_path / "src", {"train.txt": f"x{run}{last}y", "val.txt": "v v"})
         expected = [
-            *encoding.encode_ordinary("x"), *encoding.encode_ordinary(run), *encoding.encode_ordinary(f"{last}y"), END,
+            *encoding.encode_ordinary("x"),
+            *encoding.encode_ordinary(run),
+            *encoding.encode_ordinary(f"{last}y"),
+            END,
         ]
         assert ids_of(tmp_path, tmp_path / "src")["train"] == expected
 
@@ -127,8 +165,10 @@ def test_runs_of_white_space_that_tiktoken_refuses(encoding, tmp_path):
 def test_marks_and_halves_and_nulls(encoding, tmp_path):
     half = '{"text": "a\\ud800b"}\n{"text": null}\n{"text": "\\ud83d\\ude42"}\n'
     write(tmp_path / "j", {"train.jsonl": "\ufeff" + half, "val.jsonl": jsonl(["v v"])})
-    assert ids_of(tmp_path, tmp_path / "j")["train"] == slow_ids(encoding, ["a\ufffdb", "🙂"], "endoftext")
-    assert load_meta("own", tmp_path / "data")["splits"]["train"]["rows"] == 2
+    assert ids_of(tmp_path, tmp_path / "j")["train"] == slow_ids(
+        encoding, ["a\ufffdb", "🙂"], "endoftext"
+    )
+    assert Dataset("own", tmp_path / "data").counts["train"].rows == 2
     parquet(tmp_path / "p/train.parquet", ["a", None, "b"])
     parquet(tmp_path / "p/val.parquet", ["v v"])
     assert ids_of(tmp_path, tmp_path / "p")["train"] == slow_ids(encoding, ["a", "b"], "endoftext")
@@ -136,31 +176,45 @@ def test_marks_and_halves_and_nulls(encoding, tmp_path):
     assert ids_of(tmp_path, tmp_path / "t")["train"] == slow_ids(encoding, ["a\r\n b"], "endoftext")
 
 
-@pytest.mark.parametrize("codec, guess", [
-    ("latin-1", "LATIN1"), ("cp1252", "WINDOWS-1252"), ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"),
-    ("utf-16-be", "UTF-16BE"),
-])
+@pytest.mark.parametrize(
+    "codec, guess",
+    [
+        ("latin-1", "LATIN1"),
+        ("cp1252", "WINDOWS-1252"),
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "UTF-16BE"),
+    ],
+)
 def test_other_encodings_are_one_line_with_the_command(tmp_path, codec, guess):
     text = "Caf\xe9 and so on" + (" \u201cquoted\u201d" if codec == "cp1252" else "") + "\n"
     for content in (text, text.replace("\xe9", "e")):
         if content.isascii() and not codec.startswith("utf-16"):
             continue
         write(tmp_path / "src", {"train.txt": content.encode(codec) * 9, "val.txt": "v v"})
-        with pytest.raises(UserError, match=f"train.txt.*`iconv -f {guess} -t UTF-8 .*train.txt > "):
+        with pytest.raises(
+            UserError, match=f"train.txt.*`iconv -f {guess} -t UTF-8 .*train.txt > "
+        ):
             prepare.prepare("own", tmp_path / "src", data_dir=tmp_path / "data")
 
 
 # --- the ways in which people keep text
 
 
-@pytest.mark.parametrize("names", [
-    ("x-train.txt", "my_valid.txt"), ("Train.TXT", "dev.txt"), ("ptb.train.txt", "ptb.valid.txt"),
-    ("training.txt", "validation.txt"),
-])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x-train.txt", "my_valid.txt"),
+        ("Train.TXT", "dev.txt"),
+        ("ptb.train.txt", "ptb.valid.txt"),
+        ("training.txt", "validation.txt"),
+    ],
+)
 def test_splits_by_the_names_that_people_write(encoding, tmp_path, names):
     write(tmp_path / "src", {names[0]: "t t", names[1]: "v v", "notes.txt": b"\xff not read"})
     assert ids_of(tmp_path, tmp_path / "src") == {
-        "train": slow_ids(encoding, ["t t"], "endoftext"), "val": slow_ids(encoding, ["v v"], "endoftext"),
+        "train": slow_ids(encoding, ["t t"], "endoftext"),
+        "val": slow_ids(encoding, ["v v"], "endoftext"),
     }
 
 
@@ -181,7 +235,7 @@ def test_gzip_and_zstandard(encoding, tmp_path, monkeypatch):
         prepare.prepare("own", tmp_path / "g", data_dir=tmp_path / "data", force=True)
     write(tmp_path / "z", {"train.txt.zst": b"", "val.txt": "v v"})
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(UserError, match="`pip install zstandard`"):
+    with pytest.raises(UserError, match="-m pip install zstandard`"):
         prepare.prepare("own", tmp_path / "z", data_dir=tmp_path / "data", force=True)
     monkeypatch.undo()
     zstandard = pytest.importorskip("zstandard")
@@ -209,13 +263,22 @@ def test_a_zip_made_on_windows(encoding, tmp_path):
 
 
 def test_a_column_by_name(encoding, tmp_path):
-    write(tmp_path / "src", {"train.jsonl": jsonl(["t t"], "story"), "val.jsonl": jsonl(["v v"], "story")})
-    assert ids_of(tmp_path, tmp_path / "src", column="story")["val"] == slow_ids(encoding, ["v v"], "endoftext")
-    with pytest.raises(UserError, match="line 1: .*--column takes another name, its texts are story"):
+    write(
+        tmp_path / "src",
+        {"train.jsonl": jsonl(["t t"], "story"), "val.jsonl": jsonl(["v v"], "story")},
+    )
+    assert ids_of(tmp_path, tmp_path / "src", column="story")["val"] == slow_ids(
+        encoding, ["v v"], "endoftext"
+    )
+    with pytest.raises(
+        UserError, match="line 1: .*--column takes another name, its texts are story"
+    ):
         prepare.prepare("own", tmp_path / "src", data_dir=tmp_path / "other")
     parquet(tmp_path / "p/train.parquet", ["t t"], "story")
     parquet(tmp_path / "p/val.parquet", ["v v"], "story")
-    assert ids_of(tmp_path, tmp_path / "p", column="story")["val"] == slow_ids(encoding, ["v v"], "endoftext")
+    assert ids_of(tmp_path, tmp_path / "p", column="story")["val"] == slow_ids(
+        encoding, ["v v"], "endoftext"
+    )
     with pytest.raises(UserError, match='no column "text"; --column takes one of story'):
         prepare.prepare("own", tmp_path / "p", data_dir=tmp_path / "other")
     write(tmp_path / "a", {"train.json": '[{"text": "t"}]', "val.jsonl": jsonl(["v"])})
@@ -237,11 +300,16 @@ def test_a_clone_of_a_hub_data_set_and_what_save_to_disk_wrote(encoding, tmp_pat
     parquet(tmp_path / "shards/000_00001.parquet", rows[30:])
     val = [row for i, row in enumerate(rows) if i % 20 == 19]
     train = [row for i, row in enumerate(rows) if i % 20 != 19]
-    expected = {"train": slow_ids(encoding, train, "endoftext"), "val": slow_ids(encoding, val, "endoftext")}
+    expected = {
+        "train": slow_ids(encoding, train, "endoftext"),
+        "val": slow_ids(encoding, val, "endoftext"),
+    }
     for name in ("clone", "disk", "dict", "shards"):
         assert ids_of(tmp_path, tmp_path / name) == expected, name
-    made = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": train}),
-                                validation=datasets.Dataset.from_dict({"text": val}))
+    made = datasets.DatasetDict(
+        train=datasets.Dataset.from_dict({"text": train}),
+        validation=datasets.Dataset.from_dict({"text": val}),
+    )
     made.save_to_disk(str(tmp_path / "both"))
     assert ids_of(tmp_path, tmp_path / "both") == expected
 
@@ -249,9 +317,15 @@ def test_a_clone_of_a_hub_data_set_and_what_save_to_disk_wrote(encoding, tmp_pat
 def tree(folder, files=24):
     """A folder of source code, with what is no text of it."""
     write(folder, {f"package/m{i:02}.py": f"def f():\n    return {i}\n\n\n" for i in range(files)})
-    return write(folder, {
-        ".git/config": "[core]", "package/.hidden.py": "x", "logo.png": b"\x89PNG\r\n\x1a\n\0\0\xff", "__init__.py": "",
-    })
+    return write(
+        folder,
+        {
+            ".git/config": "[core]",
+            "package/.hidden.py": "x",
+            "logo.png": b"\x89PNG\r\n\x1a\n\0\0\xff",
+            "__init__.py": "",
+        },
+    )
 
 
 def test_a_folder_without_splits_is_all_its_text(encoding, tmp_path, capsys):
@@ -268,8 +342,12 @@ def test_a_folder_without_splits_is_all_its_text(encoding, tmp_path, capsys):
     with pytest.raises(UserError, match="prepared otherwise"):
         prepare.prepare("own", tmp_path / "src", data_dir=tmp_path / "data", val_fraction=0.1)
     few = ids_of(tmp_path, tree(tmp_path / "few", 3), val_fraction=0.3)
-    text = "".join(encoding.decode([id for id in few[split] if id != END]) for split in ("train", "val"))
-    assert text == "".join(texts[:3]) and few["train"].count(END) == 3 and few["val"].count(END) == 1
+    text = "".join(
+        encoding.decode([id for id in few[split] if id != END]) for split in ("train", "val")
+    )
+    assert (
+        text == "".join(texts[:3]) and few["train"].count(END) == 3 and few["val"].count(END) == 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
@@ -282,15 +360,25 @@ def test_one_file_is_divided_whatever_it_is(encoding, tmp_path, kind):
             write(tmp_path, {path.name: jsonl(rows) if kind == "jsonl" else "\n".join(rows)})
         return path
 
-    for rows in (["one two three four"], ["only one"], [f"a b c {i}" for i in range(19)], ["字字字字字"], [" x y\n "]):
+    for rows in (
+        ["one two three four"],
+        ["only one"],
+        [f"a b c {i}" for i in range(19)],
+        ["字字字字字"],
+        [" x y\n "],
+    ):
         ids = ids_of(tmp_path, make(rows))
-        parts = [encoding.decode([id for id in ids[split] if id != END]) for split in ("train", "val")]
+        parts = [
+            encoding.decode([id for id in ids[split] if id != END]) for split in ("train", "val")
+        ]
         assert all(part.strip() for part in parts)
         assert "".join(parts) == ("\n" if kind == "txt" else "").join(rows)
         assert ids["train"][-1] == ids["val"][-1] == END
     ids = ids_of(tmp_path, make([f"a row of it {i}" for i in range(100)]))
     val = encoding.decode(ids["val"]).replace("<|endoftext|>", "\n").strip().split("\n")
-    assert val == [f"a row of it {i}" for i in (range(95, 100) if kind == "txt" else range(19, 100, 20))]
+    assert val == [
+        f"a row of it {i}" for i in (range(95, 100) if kind == "txt" else range(19, 100, 20))
+    ]
     with pytest.raises(UserError, match="holds no text"):
         prepare.prepare("own", make(["x"]), data_dir=tmp_path / "other")
 
@@ -301,13 +389,23 @@ def test_the_old_default_is_named_with_the_command_that_keeps_it(tmp_path, scrip
     said = script("prepare.py", "own", "--source", tmp_path / "src", code=2).stderr
     command = said.split("`")[1]
     assert command.endswith(f"prepare.py own --source {tmp_path}/src --separator none")
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert "already prepared" in done.stdout
     assert "--force" in said
 
 
 def test_help_answers_without_the_heavy_imports():
-    code = "import sys, prepare; print([m for m in ('datasets', 'pyarrow', 'zstandard', 'torch') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=60)
+    code = (
+        "import sys, prepare; heavy = 'datasets', 'pyarrow', 'zstandard', 'torch'\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout == "[]\n"

@@ -1,8 +1,9 @@
 """Breaks the trainer on purpose and counts what is lost: `make torture`, fifteen minutes at most.
 
-    python tests/torture.py [--kills 110] [--seed N]
+python tests/torture.py [--kills 110] [--seed N]
 
-Whole commands, real SIGKILLs, a real full disk. Prints a table: tried, survived, lost; exit code 1 if anything is lost.
+Whole commands, real SIGKILLs, a real full disk. Prints a table: tried, survived, lost; exit code 1
+if anything is lost.
 """
 
 import argparse
@@ -16,14 +17,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(__file__))
-from bad_inputs import CASES
-from conftest import ROOT, TINY, make_dataset
-from test_failures import children, kill_at_random, until
-from test_train import RANKS, assert_the_same_run
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import load_checkpoint
-from record import last_step
+from bad_inputs import CASES
+from helpers import (
+    RANKS,
+    ROOT,
+    TINY,
+    assert_the_same_run,
+    children,
+    kill_at_random,
+    make_dataset,
+    step_of,
+    until,
+)
+
+from lab.checkpoint import load as load_checkpoint
 
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 LIMIT = 14 * 60  # seconds, then what is left is not tried
@@ -39,8 +48,19 @@ def trains(*words, code=0, launch=()):
 
 
 def kills(count, chances, deadline):
-    """Runs killed again and again, which must end as the undisturbed run: (tried, survived, lost, amid saves)."""
-    words = ["tiny.py", "--epochs", "99", "--max_steps", "600", "--eval_interval", "200", "--save_interval", "1"]
+    """Runs killed again and again, which must end as the undisturbed run: (tried, survived,
+    lost, amid saves)."""
+    words = [
+        "tiny.py",
+        "--epochs",
+        "99",
+        "--max_steps",
+        "600",
+        "--eval_interval",
+        "200",
+        "--save_interval",
+        "1",
+    ]
     trains(*words, "--out_dir", "out/whole")
 
     def chain(i):
@@ -48,7 +68,9 @@ def kills(count, chances, deadline):
             return 0, 0, 0, 0
         command = [*words, "--out_dir", f"out/cut{i}", "--resume"]
         try:
-            amid, worst = kill_at_random([*TRAIN, *command], f"out/cut{i}", random.Random(chances + i), CHAIN)
+            amid, worst = kill_at_random(
+                [*TRAIN, *command], f"out/cut{i}", random.Random(chances + i), CHAIN
+            )
             trains(*command)
             assert_the_same_run("out/whole", f"out/cut{i}")
             assert worst <= 1, f"a kill cost {worst} steps"
@@ -59,12 +81,24 @@ def kills(count, chances, deadline):
         return CHAIN, CHAIN, 0, amid
 
     with ThreadPoolExecutor(2) as pool:
-        return [sum(column) for column in zip(*pool.map(chain, range(-(-count // CHAIN))), strict=True)]
+        return [
+            sum(column) for column in zip(*pool.map(chain, range(-(-count // CHAIN))), strict=True)
+        ]
 
 
 def ranks_killed(count, chances):
     """SIGKILLs of one of two ranks under torchrun --max-restarts: (tried, survived, lost)."""
-    words = ["tiny.py", "--max_steps", "1000", "--epochs", "99", "--eval_interval", "100", "--save_interval", "5"]
+    words = [
+        "tiny.py",
+        "--max_steps",
+        "1000",
+        "--epochs",
+        "99",
+        "--eval_interval",
+        "100",
+        "--save_interval",
+        "5",
+    ]
     words += ["--out_dir", "out/ranks"]
     command = [sys.executable, *RANKS, f"--max-restarts={count}", str(ROOT / "train.py"), *words]
     killed, code = 0, None
@@ -72,8 +106,8 @@ def ranks_killed(count, chances):
         child = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             for i in range(count):
-                step = last_step("out/ranks/metrics.jsonl")
-                until(lambda step=step: last_step("out/ranks/metrics.jsonl") > step + 50, child)
+                step = step_of("out/ranks")
+                until(lambda step=step: step_of("out/ranks") > step + 50, child)
                 os.kill(children(child.pid)[chances.randrange(2)], 9)
                 killed += 1
                 until(lambda i=i: Path("ranks.log").read_text().count("going on from") > i, child)
@@ -101,9 +135,16 @@ def bad_inputs():
             code = f"import bad_inputs; bad_inputs.CASES[{name!r}][0]()"
             env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
             subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, check=True)
-        done = subprocess.run([*TRAIN, *words], cwd=folder, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [*TRAIN, *words], cwd=folder, capture_output=True, text=True, timeout=300
+        )
         lines = done.stderr.strip().splitlines()
-        fine = done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
+        fine = (
+            done.returncode == 2
+            and len(lines) == 1
+            and lines[0].startswith("error: ")
+            and says in lines[0]
+        )
         fine = fine and not (folder / "executed").exists()
         if not fine:
             print(f"{name}: exit code {done.returncode}: {done.stderr[-500:]}")
@@ -116,14 +157,17 @@ def bad_inputs():
 
 
 def full_disks():
-    """Runs into a tmpfs too small for three checkpoints, resumed when it has grown: (tried, survived, lost)."""
+    """Runs into a tmpfs too small for three checkpoints, resumed when it has grown: (tried,
+    survived, lost)."""
     survived, sizes = 0, (3, 7, 13, 16)
     words = ["tiny.py", "--max_steps", "30", "--eval_interval", "10", "--save_interval", "4"]
     trains(*words, "--out_dir", "out/roomy")
     for size in sizes:
         folder = Path(f"out/small{size}")
         folder.mkdir(parents=True)
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]
+        ).returncode:
             print("a full disk: not tried, since mounting a tmpfs is not allowed here")
             return 0, 0, 0
         try:
@@ -151,7 +195,9 @@ def main():
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        make_dataset(Path("data"), vocab_size=50257)  # full_disks() counts on checkpoints of several MB
+        make_dataset(
+            Path("data"), vocab_size=50257
+        )  # full_disks() counts on checkpoints of several MB
         Path("tiny.py").write_text(TINY)
         rows.append(("bad input", *bad_inputs()))
         rows.append(("full disk", *full_disks()))

