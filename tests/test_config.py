@@ -6,6 +6,7 @@ import pytest
 from helpers import ROOT
 
 from config import Config, load_config
+from config.__main__ import page
 
 
 def problems(tmp_path, text, *words):
@@ -162,10 +163,8 @@ def test_the_experiments_state_what_the_notebook_states(name):
     assert (c.patience, c.max_hours) == ((5, 12.0) if name == "exp5" else (0, 0.0))
 
 
-def test_the_readme_lists_every_setting_with_its_default():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_settings_is_the_dataclass():
+    shown = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    assert shown == page(), "run: python -m config > docs/settings.md"
     for field in dataclasses.fields(Config):
-        assert (
-            f"| `{field.name}` | {field.default if field.default != '' else '(see right)'} | "
-            in readme
-        ), field.name
+        assert f"| `{field.name}` | `{field.default!r}` | " in shown, field.name
