@@ -200,11 +200,10 @@ def until(condition, process=None, seconds=90):
 
 
 @contextlib.contextmanager
-def started(command, **kwargs):
-    """A process with its standard error in a pipe; whatever becomes of the test, it and what it
-    started are killed."""
+def started(command, stderr=subprocess.PIPE, **kwargs):
+    """A process; whatever becomes of the test, it and what it started are killed."""
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs
+        command, stderr=stderr, text=True, start_new_session=True, **kwargs
     ) as process:
         everybody = [process.pid]
         try:
@@ -213,6 +212,12 @@ def started(command, **kwargs):
             everybody += children(process.pid) if process.poll() is None else []
             for pid in everybody if process.poll() is None else ():
                 os.kill(pid, signal.SIGKILL)
+
+
+def error_lines(path):
+    """The whole lines of a log that say what went wrong."""
+    lines = Path(path).read_text().splitlines(keepends=True)
+    return [line for line in lines if line.startswith("error: ") and line.endswith("\n")]
 
 
 def step_of(out):

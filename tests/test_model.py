@@ -274,24 +274,23 @@ def test_chunks_are_equal_and_bounded():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_in_blocks_is_scaled_dot_product_attention(dtype):
     torch.manual_seed(0)
-    tensors = [
-        torch.randn(2, 3, 300, 8) for _ in range(4)
-    ]  # two whole blocks of rows and a part of one
-    ours, theirs = ([t.to(dtype).requires_grad_() for t in tensors[:3]] for _ in range(2))
-    truth = [t.requires_grad_() for t in tensors[:3]]
+    # two whole blocks of rows and a part of one
+    tensors = [torch.randn(2, 3, 300, 8) for _ in range(4)]
+    kinds = dtype, torch.float32
+    ours, truth = ([t.to(kind).requires_grad_() for t in tensors[:3]] for kind in kinds)
     results = []
     for leaves, attention in (
         (ours, causal_attention),
-        (theirs, lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)),
         (truth, lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)),
     ):
         y = attention(*leaves)
         y.backward(tensors[3].to(y.dtype))
         results.append([y.detach().float(), *(leaf.grad.float() for leaf in leaves)])
-    for mine, other, true in zip(*results, strict=True):
-        # we round queries, scores, weights and the sum, torch the last two: 2**0.5 of its error,
-        # and the exponents'
-        assert (mine - true).norm() < 2 * (other - true).norm()
+    for mine, true in zip(*results, strict=True):
+        # A rounding's standard deviation is eps / sqrt(12) at most, and a norm of many holds to it;
+        # there are twelve of them, inputs included, to a gradient at the most. In bfloat16 torch's
+        # own kernel fails where ATEN_CPU_CAPABILITY is below AVX-512 and oneDNN is not told so.
+        assert (mine - true).norm() < near(dtype, 12) / math.sqrt(12) * true.norm()
 
 
 def test_dropout_keeps_its_share_and_the_mean():
@@ -300,14 +299,14 @@ def test_dropout_keeps_its_share_and_the_mean():
     y = dropout(x)
     y.sum().backward()
     kept = y > 0
-    error = 5 / math.sqrt(
-        y.numel()
-    )  # five standard errors of a mean of numbers whose standard deviation is 1
+    error = 4 / math.sqrt(y.numel())  # four standard errors of a mean, at a standard deviation of 1
     assert abs(kept.double().mean() - 0.7) < error * math.sqrt(0.7 * 0.3)
     assert abs(y.mean() - 1) < error * math.sqrt(0.3 / 0.7)
     assert torch.equal(x.grad, y.detach()) and y[kept].unique().numel() == 1
+    assert y.max().item() == pytest.approx(1 / 0.7, rel=2**-16)  # to which p is rounded
     both = (kept[:, 1:] & kept[:, :-1]).double().mean(), (kept[1:] & kept[:-1]).double().mean()
-    assert all(abs(share - 0.49) < error for share in both)  # neighbours know nothing of each other
+    # neighbours know nothing of each other
+    assert all(abs(share - 0.49) < error / 2 for share in both)
     assert not torch.equal(dropout(x), y)
     torch.manual_seed(0)
     assert torch.equal(dropout(x), y)  # a function of the seed

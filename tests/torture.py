@@ -133,7 +133,7 @@ def bad_inputs():
         shutil.copytree("clean", folder)
         if spoil:  # it changes the working directory, which threads share
             code = f"import bad_inputs; bad_inputs.CASES[{name!r}][0]()"
-            env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+            env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
             subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, check=True)
         done = subprocess.run(
             [*TRAIN, *words], cwd=folder, capture_output=True, text=True, timeout=300
