@@ -100,43 +100,6 @@ class SplitFile:
         return self.counts | {"sha256": self.digest.hexdigest()}
 
 
-def write_splits(folder, source, separator, pool, workers):
-    """Encode a source on all workers into folder/SPLIT.bin; {split: what meta.json says of it}."""
-    encoding = load_tokenizer()
-    # measured: two threads are a quarter faster where another has used tiktoken before them
-    encoding.encode_ordinary(" the" * 250_000)
-    pending = deque()
-    with contextlib.ExitStack() as stack:
-        splits = {}
-        for split in source.splits:
-            file = stack.enter_context(open(folder / f"{split}.bin", "wb"))
-            splits[split] = SplitFile(file)
-        bar = stack.enter_context(progress(source.total(), "preparing", unit="B", unit_scale=True))
-
-        def take():
-            split, block, job = pending.popleft()
-            ids, words, nbytes = job.result()
-            rows = len(block.rows)
-            if not block.begins:  # a document goes on, perhaps amid a word
-                rows -= 1
-                words -= not block.rows[0][0].isspace()
-            if not block.ends and separator == "endoftext":
-                ids = ids[:-1]
-            # where a line end is part of the text it counts as a word, as the literature counts
-            words += rows if separator == "newline" else 0
-            splits[split].add(ids, words=words, bytes=nbytes, rows=rows)
-            bar.update(block.size)
-
-        for split, block in source.blocks():
-            job = pool.submit(encode_rows, encoding, block.rows, separator)
-            pending.append((split, block, job))
-            if len(pending) > 2 * workers:
-                take()
-        while pending:
-            take()
-        return {split: file.finish() for split, file in splits.items()}
-
-
 def default_separator(name):
     """What stands between the rows of a data set where --separator is not given."""
     if name == "demo":

@@ -5,7 +5,7 @@ since GPT-2, with Muon, lower the perplexity? 19,338,609 parameters of experimen
     D = 115,716,078 training tokens an epoch, D / N = 6.0; 32 x 512 = 16,384 tokens a step,
         7,063 steps an epoch
 Expected: below experiment 5. What was measured, of one epoch of a million tokens at this size, is
-in docs/ablations.md; its heads have exp6_small's size of 64, and its dropout is experiment 5's.
+in docs/experiments.md; its heads have exp6_small's size of 64, and its dropout is experiment 5's.
 Experiment 5's patience and 12 hours are left out: the trapezoid's gain comes in the last 40 % of
 the steps.
 """

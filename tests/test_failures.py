@@ -414,7 +414,7 @@ def hosts():
 
 
 def start_on(hosts, *options):
-    """train.py by torchrun on both hosts, as the README says it; the two processes, their output
+    """train.py by torchrun on both hosts, as docs/running.md says; the two processes, their output
     in a.log and b.log."""
     processes = []
     for i, host in enumerate(hosts):
