@@ -1,6 +1,8 @@
 import json
 import re
 
+import pytest
+
 import bench
 
 
@@ -33,6 +35,7 @@ def test_the_machine_s_peak_is_in_the_right_order(monkeypatch):
         assert 1e8 < bench.matmul_peak(machine, seconds=0.1) < 1e14
 
 
+@pytest.mark.slow
 def test_bench_under_torchrun(tiny, script):
     launch = [
         "-m",

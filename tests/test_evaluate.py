@@ -128,6 +128,7 @@ def test_forward_passes_have_one_shape(tiny, monkeypatch):
         shapes.clear()
 
 
+@pytest.mark.slow
 def test_eval_only_shows_the_run_s_own_figures_on_any_number_of_ranks(tiny, capsys, script):
     assert train.main([tiny, "--max_steps", "6"]) == 0
     shown = capsys.readouterr().out
@@ -167,6 +168,7 @@ def test_eval_only_s_mistakes_are_one_line(tiny):
         train.main([tiny, "--eval_only", "--eval_stride", "17"])
 
 
+@pytest.mark.slow
 def test_experiment_1_on_the_real_validation_text(shared_data, tmp_path, monkeypatch, capsys):
     """The program's figure, untrained, against ten lines that share nothing with it but the
     weights."""

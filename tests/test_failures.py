@@ -199,6 +199,7 @@ def test_save_minutes(tiny, monkeypatch):
 # --- killed
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_run_is_the_same(tiny):
     command = [
         tiny,
@@ -286,6 +287,7 @@ linux = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 @linux
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tiny, script):
@@ -300,6 +302,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tiny, script):
     assert_same_curves("out/whole", "out/cut", 94)
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_is_one_checkpoint_of_all_ranks(tiny):
     command = [
         sys.executable,
@@ -319,6 +322,7 @@ def test_sigterm_to_torchrun_is_one_checkpoint_of_all_ranks(tiny):
     assert newest("out/tiny")[0]["step"] == step_of("out/tiny")
 
 
+@pytest.mark.slow
 @linux
 def test_a_rank_that_hangs_is_named_and_waited_for_no_longer_than_said(tiny):
     command = [
@@ -368,6 +372,7 @@ def test_a_rank_s_own_error_ends_it_at_once(tiny):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 def test_more_ranks_than_windows(tmp_path, monkeypatch, tiny, script):
     make_dataset(tmp_path / "data", "short", train=40, val=9)
@@ -441,6 +446,7 @@ def start_on(hosts, *options):
     return processes
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_curve_of_one_process_and_a_host_cut_off_ends_the_run(tiny, hosts):
     commands, cut = hosts
     options = [tiny, "--dropout", "0", "--eval_interval", "10"]

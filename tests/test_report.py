@@ -356,6 +356,7 @@ def test_the_report_needs_no_torch(tmp_path, script):
     script("report.py", env={"PYTHONPATH": str(tmp_path)})
 
 
+@pytest.mark.slow
 def test_two_ranks_write_one_notebook(tiny, script):
     script("train.py", tiny, "--max_steps", "6", launch=RANKS)
     assert (

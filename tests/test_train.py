@@ -568,6 +568,7 @@ def test_compile_without_a_compiler_goes_on(tiny, script):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("more", [(), MODERN])
@@ -647,6 +648,7 @@ def test_ranks_whose_memory_differs_cut_an_evaluation_alike(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("micro, more", [("0", MODERN), ("2", ())])
 def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
@@ -671,6 +673,7 @@ def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
     assert len(metrics("out/two")) == 20 and len(metrics("out/two", evaluations=True)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 def test_a_run_goes_on_with_another_number_of_ranks(tiny, script):
     options = [tiny, "--dropout", "0", "--eval_interval", "10", "--lr_schedule", "constant"]
