@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -9,6 +10,10 @@ if not os.environ.get("TEST_CUDA"):
 os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")  # two tests run side by side
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts processes of its own
+# torch takes code from its cache that was compiled for another instruction set: losses of nan
+capability = os.environ.get("ATEN_CPU_CAPABILITY", "own")
+cache = os.path.join(tempfile.gettempdir(), f"daybook-tests-inductor-{capability}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 from helpers import ROOT, TINY, make_dataset
 
