@@ -11,9 +11,12 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")  # two tests
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts processes of its own
 # torch takes code from its cache that was compiled for another instruction set: losses of nan
-capability = os.environ.get("ATEN_CPU_CAPABILITY", "own")
-cache = os.path.join(tempfile.gettempdir(), f"daybook-tests-inductor-{capability}")
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(
+        tempfile.gettempdir(), "daybook-tests-" + os.environ.get("ATEN_CPU_CAPABILITY", "own")
+    ),
+)
 
 from helpers import ROOT, TINY, make_dataset
 
