@@ -18,8 +18,8 @@ import torch
 from config import load_config
 from lab import checkpoint
 from lab.data import Batches, Dataset, load_tokenizer, log_frequencies
-from lab.evaluate import evaluate
-from lab.folder import Folder
+from lab.evaluate import evaluate, figures_text
+from lab.folder import Folder, describe
 from lab.generate import continue_texts
 from lab.machine import open_machine
 from lab.notebook import chinchilla, perplexity, verdict
@@ -59,7 +59,7 @@ def train(config, machine, folder, stop, again):
     dataset = Dataset(config.dataset, config.data_dir)
     splits = {name: dataset.split(name) for name in dataset.counts}
     batches, total_steps = batches_of(config, splits["train"])
-    sums = {split: dataset.counts[split].sha256 for split in ("train", "val")}
+    sums = dataset.sums()
     ours = ("data_dir", "out_dir", "device", "dtype")  # may differ from rank to rank
     settings = {k: v for k, v in config.plain().items() if k not in ours}
     machine.agree(settings | {"dtype": str(machine.dtype), "data": sums})
@@ -87,18 +87,19 @@ def train(config, machine, folder, stop, again):
         del found  # or its copy of the weights would stay
     about = describe(config, dataset, model, batches, total_steps)
     folder.begin(state, about, config.tensorboard)
-    return Run(config, machine, folder, stop, dataset, splits, trainer, state).go(again)
+    return Run(config, folder, stop, dataset, trainer, state).go(again)
 
 
 class Run:
     """A run: the loop, and what happens now and then."""
 
-    def __init__(self, config, machine, folder, stop, dataset, splits, trainer, state):
-        self.config, self.machine, self.folder, self.stop = config, machine, folder, stop
-        self.dataset, self.splits = dataset, splits
-        self.trainer, self.state = trainer, state
+    def __init__(self, config, folder, stop, dataset, trainer, state):
+        self.config, self.folder, self.stop = config, folder, stop
+        self.dataset, self.trainer, self.state = dataset, trainer, state
+        self.machine = trainer.machine
+        hidden = self.machine.rank > 0
         self.bar = progress(
-            state.total_steps, "training", initial=state.step, unit="step", disable=machine.rank > 0
+            state.total_steps, "training", initial=state.step, unit="step", disable=hidden
         )
 
     def go(self, again):
@@ -176,10 +177,10 @@ class Run:
     def save(self):
         """Write last.pt."""
         self.state.count(self.machine)
-        sums = {split: self.dataset.counts[split].sha256 for split in ("train", "val")}
 
         def contents():
-            rest = dict(self.trainer.state_dict(), state=self.state.state_dict(), data=sums)
+            state, data = self.state.state_dict(), self.dataset.sums()
+            rest = dict(self.trainer.state_dict(), state=state, data=data)
             return self.contents() | rest
 
         self.folder.save(self.state, contents)
@@ -201,7 +202,7 @@ class Run:
         """evaluate() on a split; None if a signal came."""
         return evaluate(
             self.trainer.model,
-            self.splits[split],
+            self.dataset.split(split),
             self.machine,
             self.trainer.micro,
             stopped=lambda: bool(self.stop),
@@ -249,7 +250,7 @@ class Run:
         best = self.machine.from_rank_0(lambda: checkpoint.load(self.folder.best))
         self.trainer.model.load_state_dict(best["model"])
         found = {}
-        for split in self.splits:
+        for split in self.dataset.counts:
             if split != "train":
                 found[split] = self.figures_of(split)
                 if found[split] is None:
@@ -367,40 +368,7 @@ def build_model(config, machine, planned, tokens):
         ) from None
 
 
-def describe(config, dataset, model, batches, total_steps):
-    """What the run is, for run.json."""
-    warmup = warmup_of(config, total_steps)
-    return dict(
-        name=config.name,
-        doc=config.doc,
-        config=config.plain() | {"warmup_steps": warmup},
-        steps=total_steps,
-        step_tokens=batches.step_tokens,
-        parameters=model.count(),
-        flops_per_token=model.flops_per_token(),
-        vocab_size=dataset.vocab_size,
-        data=dict(
-            source=dataset.source["name"],
-            tokenizer=dataset.tokenizer,
-            separator=dataset.separator,
-            splits={split: vars(counts) for split, counts in dataset.counts.items()},
-        ),
-    )
-
-
-# --- figures
-
-
-def figures_text(split, figures, separator):
-    """Figures as the two lines that a user reads, with what they are counted over."""
-    error = f" ± {figures['stderr']:.4f}" if figures["stderr"] is not None else ""
-    return (
-        f"{split:11} loss {figures['loss']:.4f}{error} a token, perplexity "
-        f"{perplexity(figures['ppl'])} a token, {perplexity(figures['ppl_word'])} a word, "
-        f"{figures['bits_per_byte']:.4f} bits a byte\n{'':11} over {figures['tokens']:,} tokens, "
-        f"{figures['words']:,} words, {figures['bytes']:,} bytes; context {figures['context']}, "
-        f"stride {figures['stride']}, separator {separator}"
-    )
+# --- instead of it
 
 
 def eval_only(config, machine):

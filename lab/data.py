@@ -54,6 +54,7 @@ class Dataset:
     def __init__(self, name, data_dir="data"):
         self.name, self.folder = name, Path(data_dir, name)
         self.mend = prepare_command(name, data_dir)
+        self.splits = {}
         path = self.folder / "meta.json"
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
@@ -75,8 +76,18 @@ class Dataset:
         if damaged:
             raise UserError(f"{path} is damaged; run `{self.mend} --force`")
 
+    def sums(self):
+        """{split: SHA-256} of what a run learns from and is measured by."""
+        return {split: self.counts[split].sha256 for split in ("train", "val")}
+
     def split(self, name):
         """A Split whose file is the one that meta.json describes. Raises UserError."""
+        if name not in self.splits:  # a file is read, and its sum taken, once
+            self.splits[name] = self.read(name)
+        return self.splits[name]
+
+    def read(self, name):
+        """split(), from the disk."""
         if name not in self.counts:
             raise UserError(f"data set {self.name} has no {name} split; its source had none")
         counts, path = self.counts[name], self.folder / f"{name}.bin"

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import torch
 
+from lab.notebook import perplexity
+
 
 def spans(predicted, context, stride):
     """Windows (start, end, first): inputs start to end, of which those from `first` on count.
@@ -84,3 +86,15 @@ def figures_of(nats, n, squares, products, lengths, k, split):
         "words": split.words,
         "bytes": split.bytes,
     }
+
+
+def figures_text(split, figures, separator):
+    """Figures as the two lines that a user reads, with what they are counted over."""
+    error = f" ± {figures['stderr']:.4f}" if figures["stderr"] is not None else ""
+    return (
+        f"{split:11} loss {figures['loss']:.4f}{error} a token, perplexity "
+        f"{perplexity(figures['ppl'])} a token, {perplexity(figures['ppl_word'])} a word, "
+        f"{figures['bits_per_byte']:.4f} bits a byte\n{'':11} over {figures['tokens']:,} tokens, "
+        f"{figures['words']:,} words, {figures['bytes']:,} bytes; context {figures['context']}, "
+        f"stride {figures['stride']}, separator {separator}"
+    )

@@ -13,6 +13,7 @@ import torch
 
 from lab import checkpoint, files
 from lab.notebook import write_entry
+from lab.optimizer import warmup_of
 
 
 class Folder:
@@ -176,6 +177,27 @@ class Folder:
         if final:
             self.write_entry()
         return written and self.saved == (state.step, state.evaluated_step)
+
+
+def describe(config, dataset, model, batches, total_steps):
+    """What the run is, for run.json."""
+    warmup = warmup_of(config, total_steps)
+    return dict(
+        name=config.name,
+        doc=config.doc,
+        config=config.plain() | {"warmup_steps": warmup},
+        steps=total_steps,
+        step_tokens=batches.step_tokens,
+        parameters=model.count(),
+        flops_per_token=model.flops_per_token(),
+        vocab_size=dataset.vocab_size,
+        data=dict(
+            source=dataset.source["name"],
+            tokenizer=dataset.tokenizer,
+            separator=dataset.separator,
+            splits={split: vars(counts) for split, counts in dataset.counts.items()},
+        ),
+    )
 
 
 def differences(config, data, found):
