@@ -169,8 +169,8 @@ class LanguageModel(nn.Module):
         return model.eval()
 
     def compile_parts(self):
-        """torch.compile what forward() and token_losses() spend their time on. Generation does not
-        use it, since every length of a prompt would be compiled anew."""
+        """torch.compile what a training step spends its time on. Evaluation and generation do
+        without, since a compilation takes longer than it would save them."""
         self.compiled_hidden = torch.compile(self.hidden)
         if self.head_bias.is_cuda:  # on a CPU rows that stay in the cache are faster
             self.compiled_softmax = torch.compile(softmax_loss)
@@ -217,34 +217,33 @@ class LanguageModel(nn.Module):
     def token_losses(self, tokens, targets):
         """The loss of every token by itself: (B, T), (B, T) int64 -> (B, T) float32, nats. No
         gradients."""
-        x = (self.compiled_hidden or self.hidden)(tokens).flatten(0, 1)
+        x = self.hidden(tokens).flatten(0, 1)
         tied = self.token_embedding.weight, self.head_bias
-        losses, *_ = head_loss(x, *tied, targets.flatten(), False, self.compiled_softmax)
+        losses, *_ = head_loss(x, *tied, targets.flatten(), False)
         return losses.view(tokens.shape)
 
     # --- generation
 
-    def cache(self, B):
-        """An empty Cache for B rows of tokens."""
-        return Cache(self, B)
+    def cache(self, B, fixed=False):
+        """An empty Cache for B rows of tokens. fixed: see Cache."""
+        return Cache(self, B, fixed)
 
     def prefill(self, prompts, cache, rows):
-        """Read prompts (R lists of ids, of 1 to max_seq_len each) into `rows` (R indices) of a
-        cache, whatever they held. Returns what the head reads to predict each prompt's next token:
-        (R, D)."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        """Read prompts (R lists of ids, of 0 to max_seq_len each) into `rows` (R indices) of a
+        cache, whatever they held."""
+        device = self.head_bias.device
         # Short prompts are padded on the right. Causal attention keeps that from what is before it.
-        texts = [torch.tensor(prompt) for prompt in prompts]
-        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.head_bias.device)
-        x = self.hidden(tokens, attend=lambda layer: cache.fill(layer, rows))
-        cache.lengths[rows] = lengths
-        return x[torch.arange(len(prompts)), lengths - 1]
+        texts = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
+        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
+        if tokens.shape[1]:
+            self.hidden(tokens, attend=lambda layer: cache.fill(layer, rows))
+        cache.lengths[rows] = torch.tensor([len(prompt) for prompt in prompts], device=device)
 
     def decode(self, ids, cache):
         """Add one id to every row of a cache, ids (B,) int64. Returns what the head reads to
         predict the next: (B, D). A row that was full gives nothing of use, and wants a prefill."""
-        at = cache.lengths.clamp_(max=self.args["max_seq_len"] - 1)
-        x = self.hidden(ids[:, None], at[:, None].to(ids.device), cache.append(at))
+        at = cache.lengths.clamp(max=self.args["max_seq_len"] - 1)
+        x = self.hidden(ids[:, None], at[:, None], cache.append(at))
         cache.lengths += 1
         return x[:, 0]
 
@@ -286,15 +285,17 @@ class Cache:
     """Keys and values of B rows of tokens, so that one more token costs one position's work.
 
     Allocated once, of fixed shape: k and v (num_layers, B, H, max_seq_len, D / H). lengths (B,)
-    int64, on the CPU: how much of each row is filled.
+    int64: how much of each row is filled. With `fixed` a token's work has the same shapes whatever
+    the lengths, as a CUDA graph wants it: it reads all of the cache, and masks what is not filled.
     """
 
-    def __init__(self, model, B):
+    def __init__(self, model, B, fixed=False):
         a = model.args
         size = a["d_model"] // a["num_heads"]
         shape = a["num_layers"], B, a["num_heads"], a["max_seq_len"], size
         self.k, self.v = model.head_bias.new_zeros(shape), model.head_bias.new_zeros(shape)
-        self.lengths = torch.zeros(B, dtype=torch.int64)
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=self.k.device)
+        self.fixed = fixed
 
     def fill(self, layer, rows):
         """A layer's attention over prompts that fill `rows` from the start."""
@@ -307,15 +308,15 @@ class Cache:
         return attend
 
     def append(self, at):
-        """attend(layer) for one new token a row, at positions `at` (B,) int64 on the CPU: to all
-        that its row holds."""
-        longest, device = int(at.max()) + 1, self.k.device
-        if int(at.min()) + 1 == longest:
+        """attend(layer) for one new token a row, at positions `at` (B,) int64: to all that its row
+        holds."""
+        longest = self.k.shape[3] if self.fixed else int(at.max()) + 1
+        if not self.fixed and int(at.min()) + 1 == longest:
             # rows of one length need neither a mask nor indices
             rows, where, mask = slice(None), longest - 1, None
         else:
-            rows, where = torch.arange(len(at), device=device), at.to(device)
-            seen = torch.arange(longest, device=device) <= where[:, None]
+            rows, where = torch.arange(len(at), device=at.device), at
+            seen = torch.arange(longest, device=at.device) <= at[:, None]
             mask = seen[:, None, None]  # (B, 1, 1, longest)
 
         def attend(layer, q, k, v):

@@ -48,6 +48,9 @@ class Options:
         "has the id that ends a text",
         choices=("text", "jsonl"),
     )
+    cuda_graph: bool = setting(
+        False, "on CUDA: a token's work as one CUDA graph; off until it has been run on a GPU"
+    )
     device: str = setting(
         "auto",
         "auto is cuda where there is one, else the CPU",
@@ -191,8 +194,8 @@ class Speaker:
         """generate(), with None in place of the ids of rows that have ended; until all have."""
         options, ended = self.options, [False] * len(batch)
         size = self.encoding.n_vocab
-        how = options.sampling()
-        for new, logprobs in generate(self.model, batch, options.max_new_tokens, how, size):
+        how, graph = options.sampling(), options.cuda_graph
+        for new, logprobs in generate(self.model, batch, options.max_new_tokens, how, size, graph):
             ended = [over or i == self.end for over, i in zip(ended, new, strict=True)]
             yield [None if over else i for over, i in zip(ended, new, strict=True)], logprobs
             if all(ended):

@@ -119,6 +119,12 @@ class Config:
         free=True,
     )
     compile: bool | None = setting(None, "torch.compile the blocks (None: on CUDA only)", free=True)
+    cuda_graph: bool | None = setting(
+        False,
+        "the step as one CUDA graph (None: where one process is on CUDA, without a scaler; True: "
+        "over ranks, too); off until it has been run on a GPU",
+        free=True,
+    )
     rank_timeout: float = setting(
         10.0, "minutes that ranks wait for one another before they give up", low=0.01, free=True
     )
@@ -219,6 +225,11 @@ class Config:
             "device",
             re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device),
             f"device is auto, cpu, cuda, cuda:N or mps, not {c.device!r}",
+        )
+        rule(
+            "cuda_graph dtype",
+            not (c.cuda_graph and c.dtype == "float16"),
+            "cuda_graph is not for float16, whose scaler looks at each step; use bfloat16",
         )
         return found
 

@@ -41,7 +41,7 @@ class Counts:
 
 @dataclass
 class Split:
-    """A split in memory: its ids, a read-only memory map (n,) uint16, and what they are of."""
+    """A split in memory: its ids, a memory map (n,) uint16, and what they are of."""
 
     tokens: np.ndarray
     words: int
@@ -102,7 +102,7 @@ class Dataset:
                 f"{path} holds one token, nothing to predict; prepare a text with more in its "
                 f"{name} split"
             )
-        tokens = np.memmap(path, dtype="<u2", mode="r")
+        tokens = np.memmap(path, dtype="<u2", mode="c")  # as torch wants it: a copy on a write
         if hashlib.sha256(tokens).hexdigest() != counts.sha256:
             raise UserError(
                 f"{path} is not the file that meta.json describes (another SHA-256); {mend}"
@@ -168,7 +168,7 @@ class Batches:
         self.step_tokens = batch_size * max_seq_len
         self.shuffled = {}  # epoch -> its windows' starts; the last two that were asked for
 
-    def starts(self, epoch):
+    def order(self, epoch):
         """Where an epoch's windows begin, in its order: (windows,) int64."""
         if epoch not in self.shuffled:
             random = np.random.RandomState([self.seed, epoch])  # its stream is fixed (NEP 19)
@@ -178,15 +178,11 @@ class Batches:
             self.shuffled = dict(last) | {epoch: order % len(self.tokens)}
         return self.shuffled[epoch]
 
-    def batch(self, i, rank=0, world=1):
-        """The rows of batch i that are this rank's: (rows, max_seq_len + 1) int64, inputs and
-        targets overlapping."""
+    def starts(self, i, rank=0, world=1):
+        """Where the windows of batch i begin that are this rank's: (rows,) int64."""
         first = i * self.batch_size
         windows = np.array_split(np.arange(first, first + self.batch_size), world)[rank]
-        starts = [self.starts(w // self.windows)[w % self.windows] for w in windows]
-        reach = np.arange(self.max_seq_len + 1)
-        rows = [self.tokens.take(start + reach, mode="wrap") for start in starts]
-        return np.stack(rows).astype(np.int64)
+        return np.array([self.order(w // self.windows)[w % self.windows] for w in windows])
 
     def epoch_at(self, step):
         """How many epochs a number of steps makes, a fraction."""

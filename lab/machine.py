@@ -61,7 +61,8 @@ class Machine:
     def autocast(self):
         """The context in which matmuls run in dtype."""
         low = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=low)
+        # no weight is used twice in a pass, and a graph would keep old casts
+        return torch.autocast(self.device.type, self.dtype, enabled=low, cache_enabled=False)
 
     def reduce(self, *values, op=dist.ReduceOp.SUM):
         """Each value's sum (or op) over all ranks, a list of floats. By way of the CPU, so that no
@@ -191,6 +192,8 @@ def choose_device(config, ranks):
             f"{torch.cuda.device_count()} GPUs; use torchrun --nproc_per_node with as many as "
             "there are"
         )
+    if config.cuda_graph and kind != "cuda":
+        raise UserError(f"cuda_graph wants a CUDA device, and this is {kind}; leave it out")
     if kind == "mps" and ranks.world > 1:
         raise UserError("mps takes one process; leave torchrun out, or add --device cpu")
     if config.batch_size < ranks.world:

@@ -1,13 +1,16 @@
-"""One optimizer step: batch, loss, gradients, clipping, update."""
+"""One optimizer step: batch, loss, gradients, clipping, update; eager, or as a CUDA graph."""
 
 from lab.console import first_line
 
 import contextlib
 import math
+import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from lab.graph import Recorder
 from lab.optimizer import lr_at, make_optimizers
 
 
@@ -58,14 +61,15 @@ class Trainer:
         self.optimizers = make_optimizers(config, model)
         half = machine.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
+        self.tokens = tokens_on(machine, batches.tokens)
         wanted = machine.device.type == "cuda" if config.compile is None else config.compile
         self.compiled = wanted and compiles(machine)
         if self.compiled:
             model.compile_parts()
-        self.forward = model  # over ranks DDP, which averages their gradients
-        if machine.world > 1:
-            ddp = torch.nn.parallel.DistributedDataParallel
-            self.forward = ddp(model, gradient_as_bucket_view=True)
+        alone = machine.device.type == "cuda" and machine.world == 1
+        self.graphed = not half and (alone if config.cuda_graph is None else config.cuda_graph)
+        self.forward = model  # over ranks DDP, see eager()
+        self.take = None  # what takes a step, from the first one on
 
     def step(self, i):
         """Take optimizer step i. Returns this rank's share of the batch's mean loss, and the norm
@@ -73,52 +77,117 @@ class Trainer:
 
         A step whose loss or gradient is not finite changes neither weights nor optimizers.
         """
-        loss = self.backward(i)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        limit = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.update(norm, lr_at(i, self.config, self.total_steps))
+        if self.take:
+            return self.take(i)
+        # the first step compiles and records
+        slow, began = self.compiled or self.graphed, time.perf_counter()
+        if slow:
+            work = ["compiling"] * self.compiled + ["recording a CUDA graph"] * self.graphed
+            self.machine.say(f"{' and '.join(work)}, which takes up to a minute")
+        self.take = self.recorded() if self.graphed else self.eager()
+        result = self.take(i)
+        if slow:
+            self.machine.wait()
+            self.machine.say(f"done in {time.perf_counter() - began:,.0f} s")
+        return result
+
+    def eager(self):
+        """The step that is launched operation by operation."""
+        if self.machine.world > 1:  # DDP averages the ranks' gradients
+            ddp = torch.nn.parallel.DistributedDataParallel
+            self.forward = ddp(self.model, gradient_as_bucket_view=True)
+        return self.eager_step
+
+    def recorded(self):
+        """The step as a CUDA graph, or the eager one, with a line, where that fails on any rank."""
+        recorder, step, why = Recorder(self.machine.device), None, ""
+        try:
+            step = GraphedStep(self, recorder)
+        except RuntimeError as error:
+            why = recorder.give_up(error)
+        failed = [reason for reason in self.machine.gather(why) if reason]
+        if not failed:
+            return step
+        self.machine.say(f"no CUDA graph ({failed[0]}); going on step by step")
+        self.graphed = False
+        self.model.zero_grad(set_to_none=True)
+        for group in self.groups():
+            as_eager(group)
+        return self.eager()
+
+    # --- what a step is made of
+
+    def eager_step(self, i):
+        """See step()."""
+        self.seed(i)
+        self.set_learning_rate(i)
+        starts = self.starts(i).to(self.tokens.device, non_blocking=True)
+        rows = self.rows(starts).to(self.machine.device)
+        loss = self.backward(rows)
+        norm = self.clip()
+        self.update(norm)
+        self.model.zero_grad(set_to_none=True)
         return loss, norm
 
-    def backward(self, i):
-        """Form the gradients of batch i, summed over micro-batches and averaged over ranks."""
-        machine, batch_size = self.machine, self.config.batch_size
-        # dropout's masks follow from the seed, the step and the rank
-        seed = np.random.SeedSequence([self.config.seed, i, machine.rank])
+    def seed(self, i):
+        """Let dropout's masks follow from the seed, the step and the rank."""
+        seed = np.random.SeedSequence([self.config.seed, i, self.machine.rank])
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
-        parts = self.rows(i).split(self.micro)
-        total = torch.zeros((), device=machine.device)
+
+    def set_learning_rate(self, i):
+        """Give each group of parameters its learning rate of step i."""
+        for group in self.groups():
+            lr = self.lr(i) * group["scale"]
+            if torch.is_tensor(group["lr"]):  # a graph reads it where it is
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def starts(self, i):
+        """Where this rank's windows of batch i begin, (rows,) int64, in the CPU's memory."""
+        starts = torch.from_numpy(self.batches.starts(i, self.machine.rank, self.machine.world))
+        return starts.pin_memory() if self.machine.device.type == "cuda" else starts
+
+    def rows(self, starts):
+        """The tokens of windows and of their targets: (rows, T + 1) int64, where the tokens are."""
+        return windows(self.tokens, starts, self.batches.max_seq_len + 1)
+
+    def backward(self, rows):
+        """Form the gradients of this rank's rows, summed over micro-batches. Returns its share of
+        the batch's mean loss."""
+        parts, ddp = rows.split(self.micro), self.forward is not self.model
+        total = torch.zeros((), device=rows.device)
         for number, part in enumerate(parts, 1):
             # DDP averages over ranks at the last backward pass; no_sync must enclose both passes
-            quiet = machine.world > 1 and number < len(parts)
+            quiet = ddp and number < len(parts)
             with self.forward.no_sync() if quiet else contextlib.nullcontext():
-                with machine.autocast():
-                    loss = self.forward(part[:, :-1], part[:, 1:]) * (len(part) / batch_size)
-                self.scaler.scale(loss * machine.world).backward()
+                with self.machine.autocast():
+                    loss = self.forward(part[:, :-1], part[:, 1:])
+                loss = loss * (len(part) / self.config.batch_size)
+                self.scaler.scale(loss * self.machine.world if ddp else loss).backward()
             total += loss.detach()
         return total
 
-    def rows(self, i):
-        """This rank's rows of batch i, on the device."""
-        machine = self.machine
-        rows = torch.from_numpy(self.batches.batch(i, machine.rank, machine.world))
-        if machine.device.type == "cuda":
-            return rows.pin_memory().to(machine.device, non_blocking=True)
-        return rows.to(machine.device)
+    def clip(self):
+        """Scale the gradients down to the largest norm that is allowed. Returns their norm."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        limit = self.config.grad_clip or math.inf
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
-    def update(self, norm, lr):
-        """Update the weights, unless the gradient's norm is not finite, and drop the gradients."""
+    def update(self, norm):
+        """Update the weights, unless the gradient's norm is not finite."""
         # the optimizers read it on the device, so that nobody waits for it; the scaler would look
         # at infinities alone
         found_inf = (~norm.isfinite()).float()
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
             optimizer.found_inf = found_inf
             optimizer.step()
         self.scaler.update()
-        self.model.zero_grad(set_to_none=True)
+
+    def groups(self):
+        """The optimizers' groups of parameters."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def lr(self, i):
         """AdamW's learning rate at step i."""
@@ -129,18 +198,122 @@ class Trainer:
         comes down by one power of two a step."""
         return 20 if self.scaler.is_enabled() else 5
 
+    # --- what a restart needs
+
     def state_dict(self):
-        """What a restart needs: weights, optimizers and scaler."""
+        """Weights, optimizers and scaler; the same whatever took the steps."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        for saved in optimizers:
+            for group in saved["param_groups"]:
+                as_eager(group)
         return dict(
-            model=self.model.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
-            scaler=self.scaler.state_dict(),
+            model=self.model.state_dict(), optimizers=optimizers, scaler=self.scaler.state_dict()
         )
 
     def load_state_dict(self, saved):
-        """Go on from a state_dict()."""
+        """Go on from a state_dict(); before the first step."""
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         if saved["scaler"]:  # nothing where the run was not in float16 until now
             self.scaler.load_state_dict(saved["scaler"])
+
+
+class GraphedStep:
+    """A step as one CUDA graph. Over ranks it is two, and between them one sum over all gradients.
+
+    Outside the graph stays what is another at each step: dropout's seed, where the windows begin,
+    and the learning rates.
+    """
+
+    def __init__(self, trainer, recorder):
+        """Record the step; no weight changes. Raises RuntimeError where that fails."""
+        self.trainer = trainer
+        device, world = trainer.machine.device, trainer.machine.world
+        if trainer.tokens.device != device:
+            raise RuntimeError("the training tokens take over a tenth of the device's memory")
+
+        # all that the graph reads and writes stays where it is from here on
+        self.starts = trainer.starts(0).to(device)
+        self.result = torch.zeros(2, device=device)  # the loss and the gradient's norm
+        self.gradients = one_gradient(trainer.model) if world > 1 else None
+        for group in trainer.groups():
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+            if "capturable" in group:  # AdamW's
+                group["capturable"] = True
+
+        # a warm-up changes no weight, but makes the optimizers' states
+        def whole(dry=False):
+            self.backward()
+            self.sum_over_ranks()
+            self.update(dry)
+
+        recorder.warm_up(lambda: whole(dry=True))
+        if world == 1:
+            self.parts = [recorder.record(whole)]
+        else:
+            first, last = recorder.record(self.backward), recorder.record(self.update)
+            self.parts = [first, self.sum_over_ranks, last]
+
+    def __call__(self, i):
+        """See Trainer.step()."""
+        self.trainer.seed(i)
+        self.trainer.set_learning_rate(i)
+        self.starts.copy_(self.trainer.starts(i), non_blocking=True)
+        for part in self.parts:
+            part()
+        return self.result.clone().unbind()  # the next step writes there
+
+    def backward(self):
+        """From the windows' starts to the gradients of this rank's rows."""
+        if self.gradients is not None:
+            self.gradients.zero_()
+        self.result[0] = self.trainer.backward(self.trainer.rows(self.starts))
+
+    def sum_over_ranks(self):
+        """Sum the gradients over all ranks."""
+        if self.gradients is not None:
+            dist.all_reduce(self.gradients)
+
+    def update(self, dry=False):
+        """From the gradients to the weights. dry: as if the gradients were not finite."""
+        norm = self.trainer.clip()
+        self.trainer.update(norm * math.nan if dry else norm)
+        self.result[1] = norm
+        if self.gradients is None:
+            self.trainer.model.zero_grad(set_to_none=True)
+
+
+def as_eager(group):
+    """Make an optimizer's group of parameters what it is without a graph, in place."""
+    group["lr"] = float(group["lr"])
+    if "capturable" in group:
+        group["capturable"] = False
+
+
+def one_gradient(model):
+    """One tensor that holds the gradients of all parameters, zero, for one sum over the ranks. The
+    parameters' own gradients become views of it."""
+    parameters = list(model.parameters())
+    whole = parameters[0].new_zeros(sum(p.numel() for p in parameters))
+    parts = whole.split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    return whole
+
+
+def tokens_on(machine, tokens):
+    """Token ids (n,) uint16 as a tensor of their bits, (n,) int16: on the GPU if they take a tenth
+    of its memory at most, else in the CPU's memory."""
+    found = torch.from_numpy(tokens.view(np.int16))
+    fits = machine.device.type != "cuda" or found.nbytes <= machine.memory() / 10
+    on_device = fits and machine.device.type == "cuda"
+    return found.to(machine.device) if on_device else found
+
+
+def windows(tokens, starts, length):
+    """Windows of so many tokens, taken as a ring: tokens (n,) int16 as tokens_on() gives them,
+    starts (B,) int64 -> (B, length) int64."""
+    reach = torch.arange(length, device=starts.device)
+    bits = tokens[(starts[:, None] + reach) % len(tokens)]
+    return bits.long() & 0xFFFF

@@ -18,6 +18,7 @@ from lab.checkpoint import load
 from lab.data import Dataset
 from lab.files import read_lines
 from lab.machine import Machine
+from lab.trainer import tokens_on, windows
 
 ROOT = Path(__file__).parent.parent
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -148,6 +149,12 @@ dtype = "float32"
 log_interval = 1
 sample_prompts = ()
 """
+
+
+def rows_of(batches, i, rank=0, world=1):
+    """The rows of batch i that a rank trains on, (rows, max_seq_len + 1) int64."""
+    starts = torch.from_numpy(batches.starts(i, rank, world))
+    return windows(tokens_on(CPU, batches.tokens), starts, batches.max_seq_len + 1).numpy()
 
 
 def load_tokens(name, split, data_dir="data"):

@@ -1,0 +1,64 @@
+"""CUDA graphs: work that is recorded once, and from then on launched as one."""
+
+from lab.console import first_line, warn
+
+import torch
+
+WARM_UP = 3  # times that work is done before it is recorded: compilation, allocations, libraries
+
+
+class Recorder:
+    """Records functions as CUDA graphs, on one stream and in one pool of memory.
+
+    A function that is recorded takes no arguments, and reads and writes tensors that stay where
+    they are. On a CPU it is its own recording: there tests run what a graph would hold.
+    """
+
+    def __init__(self, device):
+        self.device, self.stream, self.pool = device, None, None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function):
+        """Call function() a few times, as it will be recorded."""
+        if self.stream is None:
+            function()
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, function):
+        """A function that does what function() does, by one launch. Raises RuntimeError where that
+        cannot be recorded: it waits for the GPU, for instance."""
+        if self.stream is None:
+            return function
+        graph = torch.cuda.CUDAGraph()
+        # the mode: other threads may use CUDA meanwhile
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            function()
+        return graph.replay
+
+    def give_up(self, error):
+        """Leave the device as it was before a recording that failed. Returns why, as a phrase."""
+        if self.stream is not None:
+            torch.cuda.synchronize()
+            # the random numbers' state still counts as being recorded, and would refuse to be used
+            generator = torch.cuda.default_generators[self.device.index or 0]
+            generator.graphsafe_set_state(torch.Generator(self.device).graphsafe_get_state())
+            torch.cuda.empty_cache()
+        return first_line(error)[:150]
+
+
+def recorded(function, device):
+    """A function as one CUDA graph; as it is, with a warning, where it cannot be recorded."""
+    recorder = Recorder(device)
+    try:
+        recorder.warm_up(function)
+        return recorder.record(function)
+    except RuntimeError as error:
+        warn(f"no CUDA graph ({recorder.give_up(error)}); going on without")
+        return function

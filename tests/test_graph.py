@@ -1,0 +1,150 @@
+"""The step as a CUDA graph. On a CPU what a graph would hold is run as it is; test_cuda.py has the
+rest."""
+
+import math
+
+import pytest
+import torch
+from helpers import CPU, MODERN, MUON, RANKS, ROOT, TOKENS, VOCAB, assert_same_curve, same
+
+from config import load_config
+from lab.data import Batches, Dataset
+from lab.graph import Recorder
+from lab.trainer import GraphedStep, Trainer
+from train import new_model
+
+SETTINGS = ("--micro_batch_size", "4", "--weight_decay", "0.5")  # 6 sequences: parts of 4 and 2
+
+
+class Watched(Trainer):
+    """A Trainer one of whose steps is not finite, and one of whose passes may fail."""
+
+    bad, fails = False, 0
+
+    def backward(self, rows):
+        if self.fails:
+            self.fails -= 1
+            raise RuntimeError("cannot be captured\nsecond line")
+        loss = super().backward(rows)
+        if self.bad:
+            self.model.head_bias.grad[3] = math.inf
+        return loss
+
+
+def trainer_of(graph, *more, machine=CPU):
+    config = load_config(["tiny.py", *SETTINGS, *more])
+    config.cuda_graph = graph
+    batches = Batches(Dataset("tiny").split("train").tokens, 16, config.batch_size, config.seed)
+    model = new_model(config, VOCAB).to(machine.device)
+    return Watched(config, machine, model, batches, total_steps=30)
+
+
+def take(trainer, steps, bad=7):
+    """The losses and norms of steps."""
+    curve = []
+    for i in steps:
+        trainer.bad = i == bad
+        curve.append(tuple(value.item() for value in trainer.step(i)))
+    return curve
+
+
+@pytest.mark.arithmetic
+@pytest.mark.parametrize("more", [(), MODERN])
+def test_a_run_that_changes_to_a_graph_and_back_is_the_eager_one(tiny, more):
+    whole = trainer_of(False, *more)
+    expected = take(whole, range(18))
+    curve, saved = [], None
+    for steps, graph in ((range(5), False), (range(5, 12), True), (range(12, 18), False)):
+        part = trainer_of(graph, *more)
+        if saved:
+            part.load_state_dict(saved)
+        curve += take(part, steps)
+        assert isinstance(part.take, GraphedStep) == graph
+        saved = part.state_dict()
+    assert math.isinf(curve[7][1]) and not torch.isinf(saved["model"]["head_bias"]).any()
+    # a graph's learning rates are float32
+    condition = MUON if more else 1
+    for mine, theirs in zip(zip(*curve, strict=True), zip(*expected, strict=True), strict=True):
+        values = [(a, b) for a, b in zip(theirs, mine, strict=True) if math.isfinite(a)]
+        assert_same_curve(*zip(*values, strict=True), TOKENS, condition=condition)
+
+
+@pytest.mark.parametrize("more", [(), MODERN])
+def test_recording_changes_nothing(tiny, more):
+    trainer = trainer_of(True, *more)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    GraphedStep(trainer, Recorder(CPU.device))
+    assert same(before, trainer.model.state_dict())
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            assert not any(value.any() for value in state.values())
+
+
+def test_a_checkpoint_holds_nothing_of_the_graph(tiny):
+    one, two = trainer_of(True), trainer_of(False)
+    take(one, range(2)), take(two, range(2))
+    for mine, theirs in zip(
+        one.state_dict()["optimizers"], two.state_dict()["optimizers"], strict=True
+    ):
+        for group, other in zip(mine["param_groups"], theirs["param_groups"], strict=True):
+            assert type(group["lr"]) is float and not group["capturable"]
+            assert group | {"lr": 0} == other | {"lr": 0}
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_one_by_one(tiny, capsys):
+    trainer = trainer_of(True)
+    trainer.fails = 1
+    curve = take(trainer, range(10))
+    out = capsys.readouterr().out
+    assert out.count("no CUDA graph (RuntimeError: cannot be captured); going on step by step") == 1
+    assert not trainer.graphed
+    assert curve == take(trainer_of(False), range(10))
+
+
+RANK = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, torch.distributed as dist
+from lab.machine import Machine
+from test_graph import take, trainer_of
+dist.init_process_group("gloo")
+machine = Machine(torch.device({device!r}), torch.float32, dist.get_rank(), 2, 2)
+trainer = trainer_of(True, *{more!r}, machine=machine)
+losses, norms = zip(*take(trainer, range(12), bad=None))
+assert trainer.graphed
+losses = machine.reduce(*losses)
+if machine.rank == 0:
+    print(*losses, *norms)
+dist.destroy_process_group()
+"""
+
+
+def curve_of_two_ranks(script, folder, device, more):
+    """The losses and norms of two processes on one device, each step two graphs and one sum."""
+    rank = folder / "rank.py"
+    rank.write_text(
+        RANK.format(root=str(ROOT), tests=str(ROOT / "tests"), device=device, more=more)
+    )
+    values = [float(word) for word in script(rank, launch=RANKS).stdout.split()[-24:]]
+    return values[:12], values[12:]
+
+
+@pytest.mark.slow
+@pytest.mark.arithmetic
+def test_over_ranks_two_graphs_and_one_sum_are_one_process(tiny, tmp_path, script):
+    more = ("--dropout", "0", *MODERN)
+    one = zip(*take(trainer_of(False, *more), range(12), bad=None), strict=True)
+    two = curve_of_two_ranks(script, tmp_path, "cpu", more)
+    for mine, theirs in zip(two, one, strict=True):
+        assert_same_curve(theirs, mine, TOKENS, condition=MUON)
+
+
+def test_a_graph_wants_a_gpu(tiny, script):
+    assert (
+        "cuda_graph wants a CUDA device"
+        in script("train.py", "tiny.py", "--cuda_graph", code=2).stderr
+    )
+    assert (
+        "scaler"
+        in script("train.py", "tiny.py", "--cuda_graph", "--dtype", "float16", code=2).stderr
+    )
