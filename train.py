@@ -60,9 +60,9 @@ def train(config, machine, folder, stop, again):
     splits = {name: dataset.split(name) for name in dataset.counts}
     batches, total_steps = batches_of(config, splits["train"])
     sums = dataset.sums()
-    ours = ("data_dir", "out_dir", "device", "dtype")  # may differ from rank to rank
+    ours = ("data_dir", "out_dir", "device")  # may differ from rank to rank
     settings = {k: v for k, v in config.plain().items() if k not in ours}
-    machine.agree(settings | {"dtype": str(machine.dtype), "data": sums})
+    machine.agree(settings | {"data": sums})
 
     # the plan comes before anything that takes memory or writes
     with torch.device("meta"):
@@ -77,6 +77,8 @@ def train(config, machine, folder, stop, again):
     state = State(config, batches, total_steps)
     if found:
         state.load_state_dict(found["state"])
+        machine.keep_dtype(config, found)
+    config.dtype = str(machine.dtype)[6:]  # what the run leaves says which it was
     over = state.why_over()
     if over and finished and not state.evaluation_is_due():
         machine.say(f"{folder.path} is finished: {over}; its best checkpoint is {folder.best}")
@@ -196,6 +198,7 @@ class Run:
             separator=self.dataset.separator,
             step=self.state.step,
             config=self.config.plain(),
+            device=self.machine.device.type,
         )
 
     def figures_of(self, split):

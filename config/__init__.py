@@ -113,8 +113,8 @@ class Config:
     )
     dtype: str = setting(
         "auto",
-        "of the matmuls; auto: bfloat16 where it is native, float16 with a scaler on older GPUs, "
-        "else float32",
+        "of the matmuls; auto: on CUDA bfloat16, or float16 with a scaler where that is not "
+        "native, on a CPU what is measured to be faster; a resumed run keeps its own",
         choices=("auto", "float32", "bfloat16", "float16"),
         free=True,
     )

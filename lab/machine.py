@@ -17,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lab.dtype import choose_dtype
+
 
 @dataclass
 class Machine:
@@ -28,9 +30,21 @@ class Machine:
     rank: int = 0
     world: int = 1
     local_world: int = 1  # ranks on this computer
+    why: str = ""  # this dtype, where it was chosen
 
     def __str__(self):
-        return f"{self.world} x {self.device.type}, {str(self.dtype)[6:]}"
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.world} x {self.device.type}, {str(self.dtype)[6:]}{why}"
+
+    def keep_dtype(self, config, found):
+        """Go on in the dtype of a run's checkpoint, unless the user names one; a line says where it
+        changes."""
+        before = found["config"]["dtype"]
+        if config.dtype == "auto" and found.get("device") == self.device.type:
+            self.dtype, self.why = getattr(torch, before), ""
+        now = str(self.dtype)[6:]
+        if before not in ("auto", now):
+            self.say(f"the matmuls were in {before} until here, and are in {now} from here on")
 
     def device_name(self):
         """The processor's name, and how many cores this process uses of it."""
@@ -125,24 +139,6 @@ class Machine:
         """Print on rank 0 alone, at once."""
         if self.rank == 0:
             print(*words, flush=True, **kwargs)
-
-
-def bfloat16_is_native(device):
-    """Whether a device multiplies bfloat16 by itself; emulated, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    known = [getattr(torch.cpu, name, lambda: False) for name in supported]
-    return device.type == "cpu" and any(instruction() for instruction in known)
-
-
-def choose_dtype(config, device):
-    """The dtype of the matmuls: as configured, else the fastest that a device has by itself."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if bfloat16_is_native(device):
-        return torch.bfloat16
-    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 @dataclass
@@ -293,10 +289,11 @@ def open_machine(config):
     if device.type == "cpu" and ranks.local_world > 1 and threads == "1":
         # torchrun would leave each process one
         torch.set_num_threads(max(1, cpu_cores() // ranks.local_world))
-    dtype = choose_dtype(config, device)
     group = join(config, ranks, device.type) if ranks.world > 1 else None
+    machine = Machine(device, torch.float32, ranks.rank, ranks.world, ranks.local_world)
     try:
-        yield Machine(device, dtype, ranks.rank, ranks.world, ranks.local_world)
+        machine.dtype, machine.why = machine.from_rank_0(lambda: choose_dtype(config, machine))
+        yield machine
     except RuntimeError as error:
         if ranks.world == 1:
             raise

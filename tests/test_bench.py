@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +8,7 @@ import bench
 
 
 def test_bench_says_how_fast_and_leaves_a_trace(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "matmul_peak", lambda machine: 2e9)
+    monkeypatch.setattr(bench, "matmul_peak", lambda machine, dtype: 2e9)
     assert bench.main(["tiny.py", "--steps", "4", "--profile", "--dropout", "0"]) == 0
     out = capsys.readouterr().out
     assert "over 4 steps of 6 x 16" in out and "out/tiny/trace.json" in out
@@ -32,7 +33,50 @@ def test_the_machine_s_peak_is_in_the_right_order(monkeypatch):
 
     config = bench.load_config(["config/demo.py", "--device", "cpu", "--dtype", "float32"])
     with open_machine(config) as machine:
-        assert 1e8 < bench.matmul_peak(machine, seconds=0.1) < 1e14
+        assert 1e8 < bench.matmul_peak(machine, machine.dtype, limit=0.1) < 1e14
+
+
+PEER = """
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas)
+
+    def forward(self, x, y):
+        logits = self.embedding(x) @ self.embedding.weight.t()
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+"""
+
+
+def test_a_peer_is_timed_in_turn(tiny, capsys, monkeypatch, script):
+    monkeypatch.setattr(bench, "matmul_peak", lambda machine, dtype: 2e9)
+    Path("peer").mkdir()
+    Path("peer/model.py").write_text(PEER)
+    fits = ("tiny.py", "--steps", "3", "--d_ff", "32", "--peer", "peer")
+    assert bench.main(fits) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"nanoGPT +median [\d,]+ tokens/s; .* ours is [\d.]+ times as fast", out)
+    assert bench.main([*fits, "--peer_only"]) == 0
+    out = capsys.readouterr().out
+    assert "nanoGPT" in out and "peak memory" in out and "MFU" not in out
+    for wrong, says in ((("--d_ff", "16"), "d_ff 4 * d_model"), (("--peer", "."), "git clone")):
+        assert says in script("bench.py", *fits, *wrong, code=2).stderr
 
 
 @pytest.mark.slow
