@@ -75,10 +75,10 @@ def rotate(x, cos, sin):
 def head_rows(device_type, vocab_size, N):
     """(how many of N rows of logits the head forms at a time, how many of those its softmax takes
     at a time). Matmuls want many rows, in equal parts; the softmax, in float32, wants to stay in a
-    CPU's cache."""
+    CPU's cache, and elsewhere to take less memory than the logits."""
     most = max(1, {"cpu": 1 << 26, "cuda": 1 << 28}.get(device_type, 1 << 27) // vocab_size)
     rows = math.ceil(N / math.ceil(N / most))
-    return rows, min(rows, 32) if device_type == "cpu" else rows
+    return rows, min(rows, 32 if device_type == "cpu" else 512)
 
 
 def softmax_in_place(logits, bias, targets, gradients, room):
@@ -146,8 +146,9 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
         bias = F.pad(bias, (0, padded - V), value=-math.inf)
         losses = x.new_empty(N, dtype=full)
         logits = x.new_empty(rows, padded, dtype=dtype)
-        softmax = compiled_softmax
-        if softmax is None:
+        if compiled_softmax:  # it needs no memory of its own
+            softmax, block = compiled_softmax, rows
+        else:
             room = None if dtype == full else x.new_empty(block, padded, dtype=full)
             softmax = functools.partial(softmax_in_place, room=room)
         if gradients:

@@ -5,6 +5,7 @@ from lab.console import first_line
 import contextlib
 import math
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ def micro_batch_size(config, model, machine):
         rows = min(rows, max(1, 32766 // context))  # see head_loss()
     if kind == "cpu":
         rows = min(rows, max(1, 1024 // context))  # more is no faster, and takes more memory
-    budget = machine.memory() * (0.8 if kind == "cuda" else 0.5)
+    # on CUDA the rest is for evaluations, which cannot use what a graph holds
+    budget = machine.memory() * (0.7 if kind == "cuda" else 0.5)
     fits = 1
     for n in range(rows, 1, -1):
         if model.memory_bytes(n, machine.dtype, kind) <= budget:
@@ -230,7 +232,7 @@ class GraphedStep:
         """Record the step; no weight changes. Raises RuntimeError where that fails."""
         self.trainer = trainer
         device, world = trainer.machine.device, trainer.machine.world
-        if trainer.tokens.device != device:
+        if trainer.tokens.device.type != device.type:
             raise RuntimeError("the training tokens take over a tenth of the device's memory")
 
         # all that the graph reads and writes stays where it is from here on
@@ -248,7 +250,9 @@ class GraphedStep:
             self.sum_over_ranks()
             self.update(dry)
 
-        recorder.warm_up(lambda: whole(dry=True))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True")  # a warm-up is not a recording
+            recorder.warm_up(lambda: whole(dry=True))
         if world == 1:
             self.parts = [recorder.record(whole)]
         else:
@@ -306,9 +310,9 @@ def tokens_on(machine, tokens):
     """Token ids (n,) uint16 as a tensor of their bits, (n,) int16: on the GPU if they take a tenth
     of its memory at most, else in the CPU's memory."""
     found = torch.from_numpy(tokens.view(np.int16))
-    fits = machine.device.type != "cuda" or found.nbytes <= machine.memory() / 10
-    on_device = fits and machine.device.type == "cuda"
-    return found.to(machine.device) if on_device else found
+    if machine.device.type == "cuda" and found.nbytes <= machine.memory() / 10:
+        return found.to(machine.device)
+    return found
 
 
 def windows(tokens, starts, length):

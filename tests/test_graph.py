@@ -31,12 +31,12 @@ class Watched(Trainer):
         return loss
 
 
-def trainer_of(graph, *more, machine=CPU):
+def trainer_of(graph, *more, machine=CPU, cls=Watched):
     config = load_config(["tiny.py", *SETTINGS, *more])
     config.cuda_graph = graph
     batches = Batches(Dataset("tiny").split("train").tokens, 16, config.batch_size, config.seed)
     model = new_model(config, VOCAB).to(machine.device)
-    return Watched(config, machine, model, batches, total_steps=30)
+    return cls(config, machine, model, batches, total_steps=30)
 
 
 def take(trainer, steps, bad=7):
