@@ -55,10 +55,16 @@ def script(tmp_path):
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def in_tmp(tmp_path, monkeypatch):
+    """tmp_path, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(in_tmp):
     """A folder with a small data set and a small config, as the working directory; the config's
     path."""
-    make_dataset(tmp_path / "data")
-    (tmp_path / "tiny.py").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
+    make_dataset(in_tmp / "data")
+    (in_tmp / "tiny.py").write_text(TINY)
     return "tiny.py"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -14,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.checkpoint import load
-from lab.data import Dataset
+from config import load_config
+from lab.checkpoint import load, save
+from lab.data import Batches, Dataset
 from lab.files import read_lines
 from lab.machine import Machine
-from lab.trainer import tokens_on, windows
+from lab.trainer import Trainer, tokens_on, windows
+from train import new_model
 
 ROOT = Path(__file__).parent.parent
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -162,6 +165,17 @@ def load_tokens(name, split, data_dir="data"):
     return Dataset(name, data_dir).split(split).tokens
 
 
+def trainer_of(words, total_steps, machine=CPU, graph=False, cls=Trainer):
+    """The Trainer of a run with a config's words, at its beginning. graph: cuda_graph, whatever the
+    device."""
+    config = load_config(words)
+    config.cuda_graph = graph
+    tokens = load_tokens(config.dataset, "train")
+    batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
+    model = new_model(config, VOCAB).to(machine.device)
+    return cls(config, machine, model, batches, total_steps)
+
+
 def metrics(out="out/tiny", evaluations=False):
     lines = [json.loads(line) for line in open(f"{out}/metrics.jsonl", encoding="utf-8")]
     return [line for line in lines if ("val_loss" in line) == evaluations]
@@ -188,6 +202,40 @@ def assert_the_same_run(one, two, curves=True):
         for line in a + b:
             line.pop("elapsed_s"), line.pop("tokens_per_s", None)
         assert a == b
+
+
+# --- what goes wrong
+
+
+def before_each_pass(do):
+    """Call do(whether it trains) as each forward pass of a model over the tests' data begins, for
+    as long as a `with` lasts."""
+
+    def hook(module, _):
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == VOCAB:
+            do(module.training)
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(hook)
+
+
+@contextlib.contextmanager
+def limited(what, limit):
+    """Within the `with`, this process has a limit of the kernel's, such as RLIMIT_FSIZE."""
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
+
+
+def forbid(words, path="out/tiny/last.pt"):
+    """Make words impossible to a checkpoint's model: where one of them comes next the loss is
+    infinite, though the gradients that the head forms are finite. Returns the checkpoint."""
+    found = load(path)
+    found["model"]["head_bias"][words] = -math.inf
+    save(found, path)
+    return found
 
 
 # --- processes

@@ -28,7 +28,7 @@ def test_bench_says_how_fast_and_leaves_a_trace(tiny, capsys, monkeypatch):
     assert len(re.findall(r"^ +\S*aten::\S+", out, re.MULTILINE)) >= 5
 
 
-def test_the_machine_s_peak_is_in_the_right_order(monkeypatch):
+def test_the_machine_s_peak_is_in_the_right_order():
     from train import open_machine
 
     config = bench.load_config(["config/demo.py", "--device", "cpu", "--dtype", "float32"])

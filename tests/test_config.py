@@ -1,6 +1,7 @@
 from lab.console import UserError
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -94,8 +95,7 @@ def test_a_wrong_file_is_one_line(tmp_path, text, says):
     assert says in problems(tmp_path, text)
 
 
-def test_values_are_taken_as_they_are_meant(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/her")
+def test_values_are_taken_as_they_are_meant(tmp_path):
     (tmp_path / "x.py").write_text(
         "\ufeffimport math\nfrom math import sqrt\nd_model = sqrt(64 * 64)\n"
         "expected_ppl = [35, 42]\ncompile = 1\n"
@@ -117,7 +117,7 @@ def test_values_are_taken_as_they_are_meant(tmp_path, monkeypatch):
     )
     assert (config.compile, config.tensorboard, config.warmup_steps) == (True, True, None)
     assert config.expected_ppl == (35, 42) and config.sample_prompts == ("a", "b")
-    assert (config.data_dir, config.out_dir) == ("/home/her/data", "/home/her/out")
+    assert (config.data_dir, config.out_dir) == (f"{Path.home()}/data", f"{Path.home()}/out")
     for text, value in (("no", False), ("0", False), ("on", True), ("1", True), ("FALSE", False)):
         assert load_config([str(tmp_path / "x.py"), "--resume", text]).resume is value
     assert load_config([str(tmp_path / "x.py"), "--warmup_steps", "None"]).warmup_steps is None

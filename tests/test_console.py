@@ -146,14 +146,19 @@ def test_a_file_never_takes_a_closed_stream_s_number(tmp_path):
 # --- commands and errors
 
 
-def test_a_command_in_a_message_works_from_where_the_user_is(tmp_path, monkeypatch):
-    for folder in tmp_path, ROOT, ROOT / "config":
-        monkeypatch.chdir(folder)
-        for word in (
-            console.command("report.py", "--help"),
-            console.command("report.py", ROOT / "config", "-h"),
-        ):
-            done = subprocess.run(word, shell=True, capture_output=True, text=True, timeout=60)
+def test_a_command_in_a_message_works_from_where_the_user_is(in_tmp):
+    code = (
+        "from lab.console import ROOT, command\n"
+        "print(command('report.py', '--help'))\n"
+        "print(command('report.py', ROOT / 'config', '-h'))"
+    )
+    for folder in in_tmp, ROOT, ROOT / "config":
+        commands, _ = python(code, cwd=folder).communicate(timeout=60)
+        assert len(commands.splitlines()) == 2
+        for words in commands.splitlines():
+            done = subprocess.run(
+                words, shell=True, cwd=folder, capture_output=True, text=True, timeout=60
+            )
             assert done.returncode == 0 and "usage: python report.py" in done.stdout
     odd = "a b$'\\\n"
     done = subprocess.run(
@@ -165,17 +170,15 @@ def test_a_command_in_a_message_works_from_where_the_user_is(tmp_path, monkeypat
     )
 
 
-def test_an_error_is_one_line_whatever_is_in_it(capsys, monkeypatch):
-    monkeypatch.setattr(console, "open_streams", lambda strict: None)
-
-    def main():
-        raise console.UserError("no such run: out/two\nlines")
-
-    with pytest.raises(SystemExit) as caught:
-        console.run(main)
-    assert (
-        caught.value.code == 2 and capsys.readouterr().err == "error: no such run: out/two lines\n"
+def test_an_error_is_one_line_whatever_is_in_it():
+    child = python(
+        "from lab.console import UserError, run\n"
+        "def main():\n"
+        "    raise UserError('no such run: out/two\\nlines')\n"
+        "run(main)"
     )
+    out, errors = child.communicate(timeout=60)
+    assert (child.returncode, out, errors) == (2, "", "error: no such run: out/two lines\n")
 
 
 @pytest.mark.parametrize("late", [0, 1])

@@ -144,7 +144,7 @@ def test_a_graph_gives_the_curve_of_the_eager_step(tiny, capsys, more, dtype):
 
 
 def test_a_graph_skips_a_step_that_is_not_finite(tiny):
-    trainer = test_graph.trainer_of(True, "--device", "cuda", machine=GPU)
+    trainer = test_graph.watched(True, "--device", "cuda", machine=GPU)
     take = test_graph.take(trainer, range(3), bad=None)
     trainer.model.head_bias.data[3] = math.inf
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -165,8 +165,8 @@ class Waiting(test_graph.Trainer):
 
 def test_a_step_that_waits_goes_on_eagerly(tiny, capsys):
     settings = "--device", "cuda", "--dropout", "0.1"
-    one = test_graph.trainer_of(True, *settings, machine=GPU, cls=Waiting)
-    two = test_graph.trainer_of(False, *settings, machine=GPU)
+    one = test_graph.watched(True, *settings, machine=GPU, cls=Waiting)
+    two = test_graph.watched(False, *settings, machine=GPU)
     curves = [test_graph.take(trainer, range(12), bad=None) for trainer in (one, two)]
     assert capsys.readouterr().out.count("no CUDA graph") == 1 and not one.graphed
     for mine, theirs in zip(*(zip(*c, strict=True) for c in curves), strict=True):
@@ -175,7 +175,7 @@ def test_a_step_that_waits_goes_on_eagerly(tiny, capsys):
 
 def test_two_processes_on_one_gpu_are_one(tiny, tmp_path, script):
     more = ("--dropout", "0", "--device", "cuda")
-    one = test_graph.take(test_graph.trainer_of(False, *more, machine=GPU), range(12), bad=None)
+    one = test_graph.take(test_graph.watched(False, *more, machine=GPU), range(12), bad=None)
     two = test_graph.curve_of_two_ranks(script, tmp_path, "cuda", more)
     for mine, theirs in zip(two, zip(*one, strict=True), strict=True):
         assert_same_curve(theirs, mine, TOKENS)

@@ -5,7 +5,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, RANKS, ROOT, VOCAB, near
+from helpers import CPU, RANKS, ROOT, VOCAB, before_each_pass, near
 
 import train
 from config import load_config
@@ -116,12 +116,12 @@ def test_the_standard_error_is_how_far_such_texts_differ():
     )  # three standard errors of a standard deviation
 
 
-def test_forward_passes_have_one_shape(tiny, monkeypatch):
+def test_forward_passes_have_one_shape(tiny):
     """Compiled code would be compiled anew for another, a last short one."""
     split, model = Dataset("tiny").split("val"), loud()
     split.tokens = split.tokens[:100]
-    shapes, real = [], model.token_losses
-    monkeypatch.setattr(model, "token_losses", lambda x, y: shapes.append(x.shape) or real(x, y))
+    shapes = []
+    model.token_embedding.register_forward_hook(lambda _, args, out: shapes.append(args[0].shape))
     for rows, passes in ((4, 2), (8, 1)):
         evaluate(model, split, CPU, rows)
         assert len(shapes) == passes and set(shapes) == {(min(rows, 7), 16)}
@@ -146,13 +146,10 @@ def test_eval_only_shows_the_run_s_own_figures_on_any_number_of_ranks(tiny, caps
     assert script("train.py", tiny, "--eval_only", launch=RANKS).stdout.splitlines()[1:] == figures
 
 
-def test_ctrl_c_ends_eval_only(tiny, monkeypatch):
+def test_ctrl_c_ends_eval_only(tiny):
     assert train.main([tiny, "--max_steps", "6"]) == 0
-    losses = LanguageModel.token_losses
-    monkeypatch.setattr(
-        LanguageModel, "token_losses", lambda *a: os.kill(os.getpid(), signal.SIGINT) or losses(*a)
-    )
-    with pytest.raises(KeyboardInterrupt):
+    ctrl_c = before_each_pass(lambda training: os.kill(os.getpid(), signal.SIGINT))
+    with ctrl_c, pytest.raises(KeyboardInterrupt):
         train.main([tiny, "--eval_only"])
 
 
@@ -169,16 +166,15 @@ def test_eval_only_s_mistakes_are_one_line(tiny):
 
 
 @pytest.mark.slow
-def test_experiment_1_on_the_real_validation_text(shared_data, tmp_path, monkeypatch, capsys):
+def test_experiment_1_on_the_real_validation_text(shared_data, in_tmp):
     """The program's figure, untrained, against ten lines that share nothing with it but the
     weights."""
     import prepare
 
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "src").mkdir()
+    (in_tmp / "src").mkdir()
     text = (shared_data / "wiki.valid.raw").read_text(encoding="utf-8")
     for name in ("train", "valid"):
-        (tmp_path / f"src/wiki.{name}.raw").write_text(text[:60000], encoding="utf-8")
+        (in_tmp / f"src/wiki.{name}.raw").write_text(text[:60000], encoding="utf-8")
     prepare.prepare("wikitext-2", "src")
     c = load_config([str(ROOT / "config/exp1.py")])
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -54,6 +55,15 @@ def test_a_killed_owner_s_lock_is_free_though_its_child_lives(tmp_path):
     finally:
         os.kill(forked, signal.SIGKILL)
         owner.stdin.close(), owner.stdout.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a /dev/null that fsync refuses")
+def test_a_file_that_does_not_reach_the_disk_leaves_what_was_there(in_tmp):
+    Path("kept").write_text("old")
+    os.symlink("/dev/null", "kept.part")
+    with pytest.raises(OSError, match="Invalid argument"):
+        files.write_text("kept", "new")
+    assert os.listdir() == ["kept"] and Path("kept").read_text() == "old"
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):

@@ -3,15 +3,13 @@ rest."""
 
 import math
 
+import helpers
 import pytest
 import torch
-from helpers import CPU, MODERN, MUON, RANKS, ROOT, TOKENS, VOCAB, assert_same_curve, same
+from helpers import CPU, MODERN, MUON, RANKS, ROOT, TOKENS, assert_same_curve, same
 
-from config import load_config
-from lab.data import Batches, Dataset
 from lab.graph import Recorder
 from lab.trainer import GraphedStep, Trainer
-from train import new_model
 
 SETTINGS = ("--micro_batch_size", "4", "--weight_decay", "0.5")  # 6 sequences: parts of 4 and 2
 
@@ -31,12 +29,9 @@ class Watched(Trainer):
         return loss
 
 
-def trainer_of(graph, *more, machine=CPU, cls=Watched):
-    config = load_config(["tiny.py", *SETTINGS, *more])
-    config.cuda_graph = graph
-    batches = Batches(Dataset("tiny").split("train").tokens, 16, config.batch_size, config.seed)
-    model = new_model(config, VOCAB).to(machine.device)
-    return cls(config, machine, model, batches, total_steps=30)
+def watched(graph, *more, machine=CPU, cls=Watched):
+    words = ["tiny.py", *SETTINGS, *more]
+    return helpers.trainer_of(words, 30, machine, graph, cls)
 
 
 def take(trainer, steps, bad=7):
@@ -51,11 +46,11 @@ def take(trainer, steps, bad=7):
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("more", [(), MODERN])
 def test_a_run_that_changes_to_a_graph_and_back_is_the_eager_one(tiny, more):
-    whole = trainer_of(False, *more)
+    whole = watched(False, *more)
     expected = take(whole, range(18))
     curve, saved = [], None
     for steps, graph in ((range(5), False), (range(5, 12), True), (range(12, 18), False)):
-        part = trainer_of(graph, *more)
+        part = watched(graph, *more)
         if saved:
             part.load_state_dict(saved)
         curve += take(part, steps)
@@ -71,7 +66,7 @@ def test_a_run_that_changes_to_a_graph_and_back_is_the_eager_one(tiny, more):
 
 @pytest.mark.parametrize("more", [(), MODERN])
 def test_recording_changes_nothing(tiny, more):
-    trainer = trainer_of(True, *more)
+    trainer = watched(True, *more)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     GraphedStep(trainer, Recorder(CPU.device))
     assert same(before, trainer.model.state_dict())
@@ -81,7 +76,7 @@ def test_recording_changes_nothing(tiny, more):
 
 
 def test_a_checkpoint_holds_nothing_of_the_graph(tiny):
-    one, two = trainer_of(True), trainer_of(False)
+    one, two = watched(True), watched(False)
     take(one, range(2)), take(two, range(2))
     for mine, theirs in zip(
         one.state_dict()["optimizers"], two.state_dict()["optimizers"], strict=True
@@ -92,13 +87,13 @@ def test_a_checkpoint_holds_nothing_of_the_graph(tiny):
 
 
 def test_a_step_that_cannot_be_recorded_is_taken_one_by_one(tiny, capsys):
-    trainer = trainer_of(True)
+    trainer = watched(True)
     trainer.fails = 1
     curve = take(trainer, range(10))
     out = capsys.readouterr().out
     assert out.count("no CUDA graph (RuntimeError: cannot be captured); going on step by step") == 1
     assert not trainer.graphed
-    assert curve == take(trainer_of(False), range(10))
+    assert curve == take(watched(False), range(10))
 
 
 RANK = """
@@ -106,10 +101,10 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, torch.distributed as dist
 from lab.machine import Machine
-from test_graph import take, trainer_of
+from test_graph import take, watched
 dist.init_process_group("gloo")
 machine = Machine(torch.device({device!r}), torch.float32, dist.get_rank(), 2, 2)
-trainer = trainer_of(True, *{more!r}, machine=machine)
+trainer = watched(True, *{more!r}, machine=machine)
 losses, norms = zip(*take(trainer, range(12), bad=None))
 assert trainer.graphed
 losses = machine.reduce(*losses)
@@ -133,7 +128,7 @@ def curve_of_two_ranks(script, folder, device, more):
 @pytest.mark.arithmetic
 def test_over_ranks_two_graphs_and_one_sum_are_one_process(tiny, tmp_path, script):
     more = ("--dropout", "0", *MODERN)
-    one = zip(*take(trainer_of(False, *more), range(12), bad=None), strict=True)
+    one = zip(*take(watched(False, *more), range(12), bad=None), strict=True)
     two = curve_of_two_ranks(script, tmp_path, "cpu", more)
     for mine, theirs in zip(two, one, strict=True):
         assert_same_curve(theirs, mine, TOKENS, condition=MUON)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, assert_near, near
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from config import load_config
@@ -175,15 +176,14 @@ def test_a_modern_model_begins_as_its_embeddings():
 
 
 @BLOCKS
-def test_no_position_sees_a_later_one(block, monkeypatch):
+def test_no_position_sees_a_later_one(block):
     model = shaken(small(block=block))
-    x = torch.randn(1, 12, 16, requires_grad=True)
-    monkeypatch.setattr(model.token_embedding, "forward", lambda tokens: x)
-    seen = model.hidden(torch.zeros(1, 12, dtype=torch.long))
+    x = model.token_embedding.weight
+    seen = model.hidden(torch.arange(12)[None])  # each position has a word of its own
     for i in range(12):
         (grad,) = torch.autograd.grad(seen[0, i, :3].sum(), x, retain_graph=True)
-        reached = grad[0].abs().sum(-1) > 0
-        assert reached.tolist() == [j <= i for j in range(12)]
+        reached = grad.abs().sum(-1) > 0
+        assert reached.tolist() == [j <= i for j in range(97)]
 
 
 # chunks of one row; chunks and blocks that do not divide; one chunk; the softmax of each chunk at
@@ -363,7 +363,7 @@ def test_the_fused_loss_under_compile_and_accumulation(block):
 
 
 @BLOCKS
-def test_loss_logits_and_token_losses_agree(block, monkeypatch):
+def test_loss_logits_and_token_losses_agree(block):
     model = shaken(small(block=block))
     tokens, targets = torch.randint(97, (3, 12)), torch.randint(97, (3, 12))
     each = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none").view(
@@ -374,9 +374,21 @@ def test_loss_logits_and_token_losses_agree(block, monkeypatch):
     )  # a logit, its softmax, the mean; what they are of is the same
     assert_near(model.token_losses(tokens, targets), each, tolerance)
     assert_near(model(tokens, targets), each.mean(), tolerance)
-    monkeypatch.delattr(HeadLoss, "forward")  # without gradients none are formed
     with torch.no_grad():
         assert_near(model(tokens, targets), each.mean(), tolerance)
+
+
+def test_without_gradients_none_are_formed():
+    """Where they are, the head has two more matmuls."""
+    model, tokens = small(vocab_size=128), torch.randint(128, (3, 12))  # 128: nothing is padded
+    with FlopCounterMode(display=False) as logits:
+        model(tokens)
+    with FlopCounterMode(display=False) as loss, torch.no_grad():
+        model(tokens, tokens)
+    with FlopCounterMode(display=False) as training:
+        model(tokens, tokens)
+    assert loss.get_total_flops() == logits.get_total_flops() > 0
+    assert training.get_total_flops() - loss.get_total_flops() == 2 * 2 * 36 * 16 * 128
 
 
 @BLOCKS

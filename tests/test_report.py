@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MODERN, RANKS, make_dataset, metrics, same, weights
+from helpers import MODERN, RANKS, before_each_pass, make_dataset, metrics, same, weights
 
 import report
 import train
@@ -107,12 +106,10 @@ def test_the_entry_is_there_before_the_end_and_after_a_stop(tiny):
     assert "Finished: 6 of 6" in Path("out/tiny/notebook.md").read_text()
 
 
-def test_a_run_whose_run_json_is_gone_ends_all_the_same(tiny, monkeypatch):
-    figures = train.Run.last_figures
-    monkeypatch.setattr(
-        train.Run, "last_figures", lambda self: os.remove("out/tiny/run.json") or figures(self)
-    )
-    assert train.main([tiny, "--max_steps", "6"]) == 0 and Path("out/tiny/final.json").exists()
+def test_a_run_whose_run_json_is_gone_ends_all_the_same(tiny):
+    with before_each_pass(lambda training: Path("out/tiny/run.json").unlink(missing_ok=True)):
+        assert train.main([tiny, "--max_steps", "6"]) == 0
+    assert Path("out/tiny/final.json").exists() and not Path("out/tiny/run.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -136,15 +133,10 @@ def test_looking_changes_nothing(words):
     assert not any("samples" in line for line in metrics("out/not", evaluations=True))
 
 
-def test_a_tokenizer_that_cannot_be_loaded_costs_the_samples_and_not_the_run(
-    words, monkeypatch, capsys
-):
-    def missing():
-        raise UserError("tiktoken cannot load gpt2")
-
-    monkeypatch.setattr(train, "load_tokenizer", missing)
-    assert train.main([words, "--max_steps", "6", *PROMPTS]) == 0
-    assert "warning: no samples for the notebook: tiktoken cannot load" in capsys.readouterr().err
+def test_a_tokenizer_that_cannot_be_loaded_costs_the_samples_and_not_the_run(words, script):
+    no_folder = {"TIKTOKEN_CACHE_DIR": "/dev/null"}
+    done = script("train.py", words, "--max_steps", "6", *PROMPTS, env=no_folder)
+    assert "warning: no samples for the notebook: tiktoken cannot load" in done.stderr
     assert (
         Path("out/tiny/final.json").exists()
         and "samples" not in metrics("out/tiny", evaluations=True)[-1]
@@ -169,23 +161,23 @@ def test_the_test_split_is_looked_at_once_at_the_end(tiny, capsys):
     assert f"loss {final['test']['loss']:.4f}" in capsys.readouterr().out
 
 
-def test_a_run_killed_before_its_last_figures_makes_up_for_them(tiny, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            train.Run, "last_figures", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        train.main([tiny, "--max_steps", "6"])
+def test_a_run_killed_before_its_last_figures_makes_up_for_them(tiny, capsys):
+    def killed(*words, evaluations):
+        """A run that ends as by a kill in the first evaluation after so many."""
+
+        def kill(training):
+            if not training and len(metrics(evaluations=True)) == evaluations:
+                raise KeyboardInterrupt
+
+        with before_each_pass(kill), pytest.raises(KeyboardInterrupt):
+            train.main([tiny, *words])
+
+    killed("--max_steps", "6", evaluations=1)
     assert not Path("out/tiny/final.json").exists()
     assert train.main([tiny, "--max_steps", "6", "--resume"]) == 0
     assert Path("out/tiny/final.json").exists() and "finished" in capsys.readouterr().out
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(KeyboardInterrupt),
-    ):  # extended: it has not ended yet
-        patch.setattr(
-            train.Run, "last_figures", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        train.main([tiny, "--max_steps", "9", "--resume"])
+    # extended: it has not ended yet
+    killed("--max_steps", "9", "--resume", evaluations=2)
     assert "So far: 9 of 9" in Path("out/tiny/notebook.md").read_text()
     assert train.main([tiny, "--max_steps", "9", "--resume"]) == 0
     assert (
@@ -243,8 +235,7 @@ def made(folder, N, D, loss, **more):
     return str(path)
 
 
-def test_the_table_sorts_runs_with_the_recorded_ones_among_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_table_sorts_runs_with_the_recorded_ones_among_them(in_tmp, capsys):
     made("out/big", 7_000_000, 10**9, 4.5)
     made("out/small", 1_000_000, 10**9, 6.0)
     made("out/torn", 1, 1, 1.0)
@@ -312,8 +303,7 @@ def test_a_perplexity_is_read_at_a_glance(value, text):
     assert notebook.perplexity(value) == text
 
 
-def test_the_report_survives_no_runs_at_all(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_report_survives_no_runs_at_all(in_tmp, capsys):
     with pytest.raises(UserError, match="no run to show; train one first"):
         report.main(["--recorded", "no"])
     report.main([])

@@ -3,8 +3,10 @@ from lab.console import UserError
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,12 +21,11 @@ from sample import find_checkpoint
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
+def checkpoint(in_tmp):
     """A random model's best.pt in out/run, with tmp_path as the working directory."""
-    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = LanguageModel(50257, 8, 8, 2, 16, 1)
-    (tmp_path / "out/run").mkdir(parents=True)
+    (in_tmp / "out/run").mkdir(parents=True)
     save_checkpoint(
         dict(model=model.state_dict(), model_args=model.args, step=7, metrics={"val_ppl": 12.5}),
         "out/run/best.pt",
@@ -243,16 +244,14 @@ def test_a_prompt_ends_at_a_line_end_and_nowhere_else(checkpoint, capsys, tmp_pa
     assert sample.read_text("prompts.txt") == text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def test_a_home_is_expanded(checkpoint, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_a_home_is_expanded(checkpoint, script, tmp_path):
     (tmp_path / "prompt.txt").write_text("The cat")
-    for words in (
-        ["--start", "FILE:~/prompt.txt"],
-        ["--prompts", "~/prompt.txt"],
-        ["--start=The cat", "--out_dir=~/out/run"],
-        ["--start=The cat", "--checkpoint=~/out/run/best.pt"],
-    ):
-        assert say(capsys, *words).out.startswith("The cat")
+    words = ["--start", "FILE:~/prompt.txt", "--out_dir=~/out/run", "--max_new_tokens", "2"]
+    shown = script("sample.py", *words, env={"HOME": str(tmp_path)})
+    assert shown.stdout.startswith("The cat")
+    for name in "prompts", "checkpoint":
+        with pytest.raises(UserError, match=f" {re.escape(str(Path.home()))}/none"):
+            sample.main([f"--{name}", "~/none"])
 
 
 def test_interactive(checkpoint, capsys, monkeypatch):
@@ -314,35 +313,37 @@ def test_mistakes_are_one_line(script, checkpoint, tmp_path):
         sample.main(["--start", "The cat sat"])
 
 
-def test_a_text_ends_where_the_model_says_so(checkpoint, capsys, monkeypatch, tmp_path):
+@torch.no_grad()
+def test_a_text_ends_where_the_model_says_so(in_tmp, capsys):
     encoding = load_tokenizer()
-    cat, end = encoding.encode_ordinary(" cat sat on"), encoding.eot_token
-    said = [
-        [cat[0], cat[0]],
-        [cat[1], end],
-        [end, cat[2]],
-        [cat[2], cat[2]],
-    ]  # a list a step, of two rows
-    asked = []
+    the, cat, sat, on = encoding.encode_ordinary("The cat sat on")
+    end, dog = encoding.eot_token, encoding.encode_ordinary("A dog")
+    torch.manual_seed(0)
+    model = LanguageModel(50257, 16, 8, 2, 16, 1).eval()
+    # whatever stands there, position 0 is followed by " cat", 1 by " sat", 2 by the end, and all
+    # others by " on"
+    embeddings, positions = model.token_embedding.weight, model.position_embedding.weight
+    embeddings[[cat, sat, end, on]] = 2 * (torch.eye(8)[:4] - torch.eye(8)[4:])
+    positions[:] = 50 * embeddings[[cat, sat, end] + [on] * 13]
+    saved = dict(model=model.state_dict(), model_args=model.args, step=7)
+    (in_tmp / "prompts.txt").write_text("The\nA dog\n")
 
-    def fake(model, prompts, *args):
-        asked.append(prompts)
-        yield from (([ids[i] for i in range(len(prompts))], [-1.0] * len(prompts)) for ids in said)
+    save_checkpoint(saved, "best.pt")  # which knows no such end
+    likeliest = ["--checkpoint", "best.pt", "--temperature", "0"]
+    shown = say(capsys, *likeliest, "--start", "The").out
+    assert shown == "The cat sat<|endoftext|>" + " on" * 9 + "\n"
 
-    monkeypatch.setattr(sample, "generate", fake)
-    assert (
-        say(capsys, "--start", "The").out == "The cat sat<|endoftext|> on\n"
-    )  # a checkpoint that knows no such end
-    saved = torch.load(checkpoint, weights_only=True)
-    save_checkpoint(saved | {"separator": "endoftext"}, checkpoint)
-    assert say(capsys, "--start", "The").out == "The cat sat\n"
-    assert say(capsys).out == " cat sat\n" and asked[-1] == [[end]]
-    (tmp_path / "prompts.txt").write_text("The\nA\n")
-    assert say(capsys, "--prompts", "prompts.txt").out == "The cat sat\n\n---\nA cat\n"
-    lines = say(capsys, "--prompts", "prompts.txt", "--format", "jsonl").out.splitlines()
+    save_checkpoint(saved | {"separator": "endoftext"}, "best.pt")
+    assert say(capsys, *likeliest, "--start", "The").out == "The cat sat\n"
+    assert say(capsys, *likeliest).out == " cat sat\n"  # it begins after the end of another
+    many = [*likeliest, "--prompts", "prompts.txt"]
+    assert say(capsys, *many).out == "The cat sat\n\n---\nA dog sat\n"
+    lines = say(capsys, *many, "--format", "jsonl").out.splitlines()
     texts = [json.loads(line) for line in lines]
-    assert [text["text"] for text in texts] == [" cat sat", " cat"]
-    assert [(text["tokens"], text["logprob"]) for text in texts] == [
-        (cat[:2], -2.0),
-        (cat[:1], -1.0),
-    ]
+    assert [text["text"] for text in texts] == [" cat sat", " sat"]
+    assert [text["tokens"] for text in texts] == [[cat, sat], [sat]]
+    for prompt, text in zip([[the], dog], texts, strict=True):
+        ids = prompt + text["tokens"]
+        each = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        logprob = sum(each[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
+        assert text["logprob"] == pytest.approx(logprob, rel=near(torch.float32, 50257))

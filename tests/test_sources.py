@@ -2,6 +2,7 @@
 
 from lab.console import UserError
 
+import functools
 import gzip
 import json
 import os
@@ -93,6 +94,13 @@ def parquet(path, rows, column="text", **options):
     pq.write_table(pa.table({column: pa.array(rows, pa.string())}), path, **options)
 
 
+@pytest.fixture
+def read_by(monkeypatch):
+    """read_by(n): text is read n bytes at a time. White space is cut from 8 characters on."""
+    monkeypatch.setattr(encode, "LONG_RUN", 8)
+    return functools.partial(monkeypatch.setattr, readers, "BLOCK")
+
+
 def ids_of(tmp_path, source, separator=None, **options):
     """{split: ids} of a source, prepared anew."""
     meta = prepare.prepare("own", source, separator, tmp_path / "data", force=True, **options)
@@ -100,14 +108,13 @@ def ids_of(tmp_path, source, separator=None, **options):
 
 
 @pytest.mark.parametrize("separator", ["none", "newline", "endoftext"])
-def test_tokens_depend_on_the_rows_alone(encoding, tmp_path, monkeypatch, separator):
+def test_tokens_depend_on_the_rows_alone(encoding, tmp_path, read_by, separator):
     """The same rows as .jsonl and .parquet, in blocks of any size, against each row by itself."""
     random = np.random.RandomState(1)
-    monkeypatch.setattr(encode, "LONG_RUN", 8)
     for _ in range(12):
         rows = ["".join(random.choice(PIECES, random.randint(12))) for _ in range(40)] + ["end"]
         expected = slow_ids(encoding, rows, separator)
-        monkeypatch.setattr(readers, "BLOCK", int(random.randint(1, 200)))
+        read_by(int(random.randint(1, 200)))
         write(tmp_path / "j", {"train.jsonl": jsonl(rows), "val.jsonl": jsonl(["v v"])})
         parquet(tmp_path / "p/train.parquet", rows, row_group_size=int(random.randint(1, 50)))
         parquet(tmp_path / "p/val.parquet", ["v v"])
@@ -118,13 +125,12 @@ def test_tokens_depend_on_the_rows_alone(encoding, tmp_path, monkeypatch, separa
         ) + (len(rows) if separator == "newline" else 0)
 
 
-def test_a_document_s_tokens_do_not_depend_on_blocks(encoding, tmp_path, monkeypatch):
+def test_a_document_s_tokens_do_not_depend_on_blocks(encoding, tmp_path, read_by):
     """A text file, cut into blocks of any size, against tiktoken on the whole of it."""
     random = np.random.RandomState(2)
-    monkeypatch.setattr(encode, "LONG_RUN", 8)
     for _ in range(60):
         text = "".join(random.choice(PIECES, 300))
-        monkeypatch.setattr(readers, "BLOCK", int(random.randint(1, 100)))
+        read_by(int(random.randint(1, 100)))
         write(tmp_path / "src", {"train.txt": text, "val.txt": "v v"})
         assert ids_of(tmp_path, tmp_path / "src")["train"] == [*encoding.encode_ordinary(text), END]
         counts = vars(Dataset("own", tmp_path / "data").counts["train"])
@@ -135,14 +141,14 @@ def test_a_document_s_tokens_do_not_depend_on_blocks(encoding, tmp_path, monkeyp
         )
 
 
-def test_a_long_document_is_read_in_parts(monkeypatch, tmp_path):
-    monkeypatch.setattr(readers, "BLOCK", 100)
-    for text in ("word " * 1000, "word\n\n    " * 1000, "字字字，" * 1000, "a,b;" * 1000):
+def test_a_long_document_is_read_in_parts(tmp_path):
+    for piece in "word ", "word\n\n    ", "字字字，", "a,b;":
+        text = piece * (5 * readers.BLOCK // len(piece.encode()))
         write(tmp_path, {"long.txt": text})
         file = sources.disk_file(tmp_path / "long.txt", "long.txt")
         blocks = list(sources.read_text(file, readers.Reading(documents=True)))
         assert "".join(block.rows[0] for block in blocks) == text
-        assert max(len(block.rows[0]) for block in blocks) < 400
+        assert max(len(block.rows[0]) for block in blocks) < 2 * readers.BLOCK
         assert [block.begins for block in blocks] == [True] + [False] * (len(blocks) - 1)
 
 
@@ -223,7 +229,7 @@ def test_names_that_only_contain_a_split_s_are_none():
         assert not sources.SPLIT_NAME.fullmatch(name), name
 
 
-def test_gzip_and_zstandard(encoding, tmp_path, monkeypatch):
+def test_gzip_and_zstandard(encoding, tmp_path, script):
     text = "a text\n\n  of lines\n" * 30
     write(tmp_path / "g", {"train.txt.gz": gzip.compress(text.encode()), "val.txt": "v v"})
     expected = slow_ids(encoding, [text], "endoftext")
@@ -234,10 +240,10 @@ def test_gzip_and_zstandard(encoding, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot prepare"):
         prepare.prepare("own", tmp_path / "g", data_dir=tmp_path / "data", force=True)
     write(tmp_path / "z", {"train.txt.zst": b"", "val.txt": "v v"})
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(UserError, match="-m pip install zstandard`"):
-        prepare.prepare("own", tmp_path / "z", data_dir=tmp_path / "data", force=True)
-    monkeypatch.undo()
+    write(tmp_path, {"without/zstandard.py": "raise ImportError"})
+    without = {"PYTHONPATH": str(tmp_path / "without")}
+    done = script("prepare.py", "own", "--source", "z", "--force", env=without, code=2)
+    assert "-m pip install zstandard`" in done.stderr
     zstandard = pytest.importorskip("zstandard")
     frames = zstandard.compress(text[:100].encode()) + zstandard.compress(text[100:].encode())
     write(tmp_path / "z", {"train.txt.zst": frames})

@@ -2,8 +2,11 @@ from lab.console import UserError
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
+import re
+import resource
 import shlex
 import shutil
 import signal
@@ -26,11 +29,14 @@ from helpers import (
     assert_same_curve,
     assert_same_curves,
     assert_the_same_run,
+    before_each_pass,
+    limited,
     make_dataset,
     metrics,
     near,
     rows_of,
     same,
+    trainer_of,
     weights,
 )
 
@@ -42,7 +48,6 @@ from lab.data import Batches
 from lab.files import Lock
 from lab.machine import Machine, Ranks, ranks_of
 from lab.optimizer import Muon, lr_at, make_optimizers, orthogonalise
-from lab.trainer import Trainer
 from model import LanguageModel
 
 # Embeddings of 0.02 make a logit's standard deviation 0.02 * 8**0.5, and in a mean over 96 targets
@@ -241,16 +246,12 @@ def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
     assert same(best["model"], weights("out/tiny/last.pt"))
 
 
-def test_both_optimizers_follow_the_schedule(tiny, monkeypatch):
-    seen, step = [], Trainer.step
-
-    def watched(trainer, i):
-        result = step(trainer, i)
+def test_both_optimizers_follow_the_schedule(tiny):
+    trainer, seen = trainer_of([tiny, *MODERN], 12), []
+    for i in range(12):
+        trainer.step(i)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         seen.append([group["lr"] for group in groups])
-        return result
-
-    monkeypatch.setattr(Trainer, "step", watched)
     assert train.main([tiny, "--max_steps", "12", *MODERN]) == 0
     rates = [line["lr"] for line in metrics()]
     groups = [[lr, lr, 2 * lr] for lr in rates]  # 0.02 where AdamW's is 0.01
@@ -260,9 +261,7 @@ def test_both_optimizers_follow_the_schedule(tiny, monkeypatch):
 
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("interval, more", [("0", ()), ("7", ()), ("7", MODERN)])
-def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(
-    tiny, monkeypatch, capsys, interval, more
-):
+def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, capsys, interval, more):
     """Dropout on; stopped by signals at odd moments, amid an evaluation too: the same weights
     and metrics."""
     options = [
@@ -276,26 +275,14 @@ def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(
         *more,
     ]
     assert train.main([*options, "--out_dir", "out/whole"]) == 0
-    for stop_at in (
-        1,
-        5,
-        12,
-        13,
-        29,
-    ):  # calls after which the signal comes: steps or evaluation batches
-        calls = 0
+    for stop_at in 1, 5, 12, 13, 29:  # passes of steps or evaluations, amid which the signal comes
+        passes = itertools.count(1)
 
-        def counted(owner, function, *args, stop_at=stop_at, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
+        def stop(training, stop_at=stop_at, passes=passes):
+            if next(passes) == stop_at:
                 os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[stop_at % 3])
-            return function(owner, *args, **kwargs)
 
-        with monkeypatch.context() as patch:
-            for owner, name in (Trainer, "step"), (LanguageModel, "token_losses"):
-                real = getattr(owner, name)
-                patch.setattr(owner, name, functools.partialmethod(counted, real))
+        with before_each_pass(stop):
             assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 1
         assert f"train.py {' '.join(options)} --out_dir out/cut --resume" in capsys.readouterr().out
     assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 0
@@ -307,30 +294,18 @@ class Killed(BaseException):
 
 
 @pytest.mark.arithmetic
-def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else(tiny, monkeypatch):
+def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else(tiny):
     options = [tiny, "--max_steps", "25", "--eval_interval", "10", "--save_interval", "4"]
     assert train.main([*options, "--out_dir", "out/whole"]) == 0
-    step, losses = Trainer.step, LanguageModel.token_losses
+    # amid steps before and after an evaluation, amid two evaluations
+    for steps, alive in (True, 7), (True, 7), (False, 3), (False, 8):
+        passes = itertools.count()
 
-    def dying(function, alive):
-        def wrapped(*args, **kwargs):
-            nonlocal alive
-            alive -= 1
-            if alive < 0:
+        def die(training, steps=steps, alive=alive, passes=passes):
+            if training == steps and next(passes) == alive:
                 raise Killed
-            return function(*args, **kwargs)
 
-        return wrapped
-
-    for steps, batches in (
-        (7, 99),
-        (7, 99),
-        (99, 3),
-        (99, 8),
-    ):  # amid steps before and after an evaluation, amid two
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Trainer, "step", dying(step, steps))
-            patch.setattr(LanguageModel, "token_losses", dying(losses, batches))
+        with before_each_pass(die), pytest.raises(Killed):
             train.main([*options, "--out_dir", "out/cut", "--resume"])
         with open("out/cut/metrics.jsonl", "a") as file:
             file.write('{"step": 9')  # half a line, as a kill leaves it
@@ -338,14 +313,8 @@ def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else
     assert_the_same_run("out/whole", "out/cut")
 
 
-def test_a_signal_amid_the_last_evaluation_leaves_it_owed(tiny, monkeypatch, capsys):
-    losses = LanguageModel.token_losses
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            LanguageModel,
-            "token_losses",
-            lambda *a: os.kill(os.getpid(), signal.SIGTERM) or losses(*a),
-        )
+def test_a_signal_amid_the_last_evaluation_leaves_it_owed(tiny, capsys):
+    with before_each_pass(lambda training: training or os.kill(os.getpid(), signal.SIGTERM)):
         assert train.main([tiny, "--max_steps", "6"]) == 1
     assert "finished" not in capsys.readouterr().out and not os.path.exists("out/tiny/best.pt")
     assert train.main([tiny, "--max_steps", "6", "--resume"]) == 0
@@ -408,7 +377,7 @@ def test_a_run_that_is_alive_is_left_alone(tiny):
 @pytest.mark.parametrize(
     "name", ["cost$5_vs_$6", "a|b", "two words", "日本", "line\nbreak", "back\\slash"]
 )
-def test_any_name_is_a_run_s_and_a_data_set_s(tiny, name, capsys, monkeypatch):
+def test_any_name_is_a_run_s_and_a_data_set_s(tiny, name, capsys):
     os.rename("data/tiny", f"data/{name}")
     assert (
         train.main([tiny, "--dataset", name, "--max_steps", "6", "--out_dir", f"out/{name}"]) == 0
@@ -469,16 +438,17 @@ def test_the_plan_comes_before_the_model(tiny, capsys):
     assert not os.path.exists("out")
 
 
-def test_memory_that_is_not_there_after_all_is_one_line(tiny, monkeypatch):
-    def none(*args):
-        raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
-        )
-
-    monkeypatch.setattr(torch.nn.Module, "to", none)
-    with pytest.raises(UserError, match="to train this model takes about"):
-        train.main([tiny])
-    assert not os.path.exists("out")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its size in /proc")
+def test_memory_that_is_not_there_after_all_is_one_line(tiny):
+    """The first block's matrix takes 108 MB of the 64 MB that the kernel gives."""
+    assert train.main([tiny, "--d_model", "3072", "--dry_run"]) == 0  # all is imported now
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    size = pages * os.sysconf("SC_PAGE_SIZE") + (64 << 20)
+    with limited(resource.RLIMIT_AS, size), pytest.raises(UserError) as caught:
+        train.main([tiny, "--d_model", "3072"])
+    says = r"to train this model takes about ([\d.]+) GB, and cpu has ([\d.]+) GB a rank"
+    wanted, there = map(float, re.search(says, str(caught.value)).groups())
+    assert wanted < there and not os.path.exists("out")  # the plan alone would have let it
 
 
 @pytest.mark.parametrize(
@@ -639,11 +609,12 @@ def test_a_forward_pass_on_a_cpu_takes_1024_tokens_at_most_in_equal_parts(
     assert train.micro_batch_size(config, model, elsewhere) == batch_size
 
 
-def test_ranks_whose_memory_differs_cut_an_evaluation_alike(monkeypatch):
-    machine = dataclasses.replace(CPU, world=2)
-    monkeypatch.setattr(
-        Machine, "smallest", lambda self, fits: [min(fits, 1.0)]
-    )  # the other rank holds one sequence
+def test_ranks_whose_memory_differs_cut_an_evaluation_alike():
+    class Uneven(Machine):
+        def smallest(self, fits):
+            return [min(fits, 1.0)]  # the other rank holds one sequence
+
+    machine = Uneven(CPU.device, CPU.dtype, world=2)
     assert (
         train.micro_batch_size(Config(batch_size=8), LanguageModel(100, 512, 16, 2, 64, 2), machine)
         == 1
