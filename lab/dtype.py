@@ -11,7 +11,8 @@ from lab.data import VOCAB_SIZE
 from lab.files import read_json, write_text
 from lab.kernels import causal_attention
 
-ROWS = 256  # tokens a piece of work that is measured
+ROWS = 192  # tokens whose work is measured
+WORDS = -(-VOCAB_SIZE // 64) * 64  # as the head pads them
 
 
 def choose_dtype(config, machine):
@@ -76,22 +77,27 @@ def pieces(config, dtype):
     """(a function that does about what a block does, forward and backward, one for the head):
     matmuls and softmaxes of the model's shapes, in dtype."""
     D, heads, F = config.d_model, config.num_heads, config.d_ff
-    x, wide, logits = (torch.randn(ROWS, n).to(dtype) for n in (D, F, VOCAB_SIZE))
-    qkv, out, up, word = (torch.randn(D, n).to(dtype) for n in (3 * D, D, F, VOCAB_SIZE))
-    room, gradient = torch.empty(32, VOCAB_SIZE), torch.empty_like(word)
+
+    x, wide, logits = (torch.randn(ROWS, n).to(dtype) for n in (D, F, WORDS))
+    # weights of a trained model's size: where a softmax meets large numbers, tiny ones come out,
+    # which take a CPU many times as long
+    shapes = (D, 3 * D), (D, D), (D, F), (F, D), (WORDS, D)
+    qkv, out, up, down, word = (torch.randn(shape).mul(0.05).to(dtype) for shape in shapes)
+    gradient = torch.empty_like(word)
+    room = torch.empty(32, WORDS)
 
     def block():
         for _ in range(3):  # a backward pass takes two times as many operations
             q, k, v = (x @ qkv).view(1, ROWS, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
             causal_attention(q, k, v)
-            for left, right in ((x, out), (x, up), (wide, up.t())):
+            for left, right in ((x, out), (x, up), (wide, down)):
                 left @ right
 
     def head():
-        torch.mm(x, word, out=logits)
+        torch.mm(x, word.t(), out=logits)
         for part in logits.split(32):
             part.copy_(torch.softmax(room.copy_(part), 1))
-        torch.mm(x.t(), logits, out=gradient)
-        logits @ word.t()
+        torch.mm(logits.t(), x, out=gradient)
+        logits @ word
 
     return block, head
