@@ -1,0 +1,113 @@
+"""The two data sets of the runs at real size, out of one data set of articles.
+
+    python prepare.py articles --source DIR --separator none
+    python -m docs.experiments.datasets articles
+
+DIR holds the articles as wiki.train.raw and WikiText's validation text as wiki.valid.raw. Of the
+training ids the first 105,000,000 are trained on, in both data sets:
+
+- choose: validation is the last 500,000 ids of the articles. Settings are chosen on it.
+- wikipedia: validation is WikiText's. Only what was chosen is measured on it.
+"""
+
+from lab.console import UserError, run
+
+import codecs
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.data import Dataset, load_tokenizer
+from lab.encode import count_words
+from lab.files import write_text, write_whole
+from lab.notebook import rounded
+from lab.settings import command_line, setting
+from prepare import move_in
+
+TEXT = "tokens of English Wikipedia articles, not WikiText-103's own training text"
+BLOCK = 1_000_000  # ids that are decoded at a time
+
+
+@dataclass
+class Options:
+    """How the articles are cut."""
+
+    train: int = setting(105_000_000, "ids to train on, from the articles' start", low=2)
+    val: int = setting(500_000, "ids of choose's validation, from their end", low=2)
+    data_dir: str = setting("data", "where data sets lie", path=True)
+
+
+def counts_of(ids, encoding):
+    """What meta.json says of ids (n,) uint16, by decoding them.
+
+    Between the rows of separator none stands nothing, so that the last word of a row and the first
+    of the next count as one. How many rows there were cannot be told.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a block may end amid a character
+    words, nbytes = 0, 0
+    amid_a_word = False
+    for start in range(0, len(ids), BLOCK):
+        data = encoding.decode_bytes(ids[start : start + BLOCK].tolist())
+        text = decoder.decode(data)
+        words += count_words([text])
+        words -= amid_a_word and not text[:1].isspace()
+        amid_a_word = not text[-1:].isspace()
+        nbytes += len(data)
+    digest = hashlib.sha256(ids).hexdigest()
+    return dict(tokens=len(ids), words=words, bytes=nbytes, rows=None, sha256=digest)
+
+
+def write(folder, meta, files):
+    """Write a data set, whole or not at all. files: {split: its ids}."""
+    part = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for split, ids in files.items():
+        write_whole(part / f"{split}.bin", lambda file, ids=ids: file.write(ids))
+    write_text(part / "meta.json", json.dumps(meta, indent=2) + "\n")
+    move_in(part, folder)
+    for split, counts in meta["splits"].items():
+        print(
+            f"{folder}, {split}: {counts['tokens']:,} tokens, {counts['words']:,} words, "
+            f"{counts['bytes']:,} bytes"
+        )
+
+
+def main(argv=None):
+    usage = "python -m docs.experiments.datasets NAME [--setting value ...]"
+    options, words = command_line(Options, argv, usage, words=1)
+    if not words or words[0] in ("choose", "wikipedia"):
+        raise UserError(f"name the prepared data set of articles: {usage}")
+    articles = Dataset(words[0], options.data_dir)
+    if articles.separator != "none":
+        raise UserError(f"{articles.folder} has separator {articles.separator}, and none is wanted")
+    ids = articles.split("train").tokens
+    if len(ids) < options.train + options.val:
+        raise UserError(
+            f"{articles.folder} has {len(ids):,} training tokens, fewer than {options.train:,} to "
+            f"train on and {options.val:,} to validate"
+        )
+    encoding = load_tokenizer()
+    train, end = ids[: options.train], ids[-options.val :]
+    wikitext = articles.split("val").tokens
+    train_counts = counts_of(train, encoding)
+
+    about = f"{rounded(len(train), 3)} {TEXT}"
+    common = dict(tokenizer="gpt2", vocab_size=articles.vocab_size, separator="none")
+    choose = common | dict(
+        source={"name": f"{about} (validation: the end of these articles)"},
+        splits={"train": train_counts, "val": counts_of(end, encoding)},
+    )
+    wikipedia = common | dict(
+        source={"name": f"{about} (validation: WikiText's)"},
+        splits={"train": train_counts, "val": vars(articles.counts["val"])},
+    )
+    folder = Path(options.data_dir)
+    write(folder / "choose", choose, {"train": train, "val": end})
+    write(folder / "wikipedia", wikipedia, {"train": train, "val": wikitext})
+
+
+if __name__ == "__main__":
+    run(main)
