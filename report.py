@@ -1,6 +1,6 @@
 """All runs side by side, out of what they leave in their folders. Needs no torch.
 
-python report.py [out/NAME ...] [--format md|csv|json]
+python report.py [out/NAME ...] [--format md|csv|json] [--notebook] [--html]
 """
 
 from lab.console import ROOT, UserError, command, run
@@ -14,9 +14,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
+from lab.book import write_book
 from lab.notebook import Run, figure, show, table
 from lab.settings import command_line, setting
 
@@ -38,6 +40,8 @@ class Options:
     format: str = setting("md", "of the table", choices=("md", "csv", "json"))
     recorded: bool = setting(True, "the notebook's five rows among them")
     picture: str = setting("out/report.png", "where the picture goes", path=True)
+    notebook: bool = setting(False, "write out/notebook.md: the report and every run's entry")
+    html: bool = setting(False, "write out/notebook.html too: the same, its pictures inside")
 
 
 def row_of(run):
@@ -206,14 +210,29 @@ def main(argv=None):
             f"cannot write {options.picture}: {error}; name another --picture"
         ) from None
     print(f"the picture is {options.picture}", file=sys.stderr)
+    if options.notebook or options.html:
+        picture = quote(os.fsencode(os.path.relpath(options.picture, "out")))
+        top = f"{summary(rows)}\n\n![all runs]({picture})"
+        written = write_book(found, top, options.html)
+        print(f"the notebook is {' and '.join(written)}", file=sys.stderr)
+
+
+def columns_of(rows):
+    """The names of a table's columns."""
+    return [key for key in rows[0] if key != "split"]
+
+
+def summary(rows):
+    """The runs as Markdown: their table and the fit."""
+    columns = columns_of(rows)
+    return f"{table(columns, [[show(row[key]) for key in columns] for row in rows])}\n\n{fit(rows)}"
 
 
 def print_rows(rows, format):
     """Print the runs as Markdown, CSV or JSON."""
-    columns = [key for key in rows[0] if key != "split"]
+    columns = columns_of(rows)
     if format == "md":
-        print(table(columns, [[show(row[key]) for key in columns] for row in rows]))
-        print(f"\n{fit(rows)}")
+        print(summary(rows))
     elif format == "csv":
         writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

@@ -70,6 +70,15 @@ def link_or_copy(path, new):
         shutil.copyfile(path, new)
 
 
+def read_bytes(path):
+    """A file's bytes, b"" without a file. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
 def read_json(path):
     """A JSON file's dict; {} where there is none or it is torn."""
     try:

@@ -116,7 +116,7 @@ class Folder:
         if os.path.exists(self.final):
             os.remove(self.final)
         path = f"{self.path}/run.json"
-        began = files.read_json(path).get("began") or time.strftime("%Y-%m-%d %H:%M")
+        began = files.read_json(path).get("began") or time.strftime("%Y-%m-%d %H:%M:%S")
         machine = f"{self.machine}, {self.machine.device_name()}"
         versions = f"Python {platform.python_version()}, torch {torch.__version__}"
         about |= dict(began=began, commit=commit(), machine=machine, versions=versions)

@@ -1,12 +1,28 @@
 """A run's entry in the notebook and its curve, from what the run leaves in its folder: run.json
-(what it is), metrics.jsonl (how it went) and final.json (its last figures). Needs no torch."""
+(what it is), metrics.jsonl (how it went) and final.json (its last figures). Needs no torch.
 
+notebook.md has two parts. The program writes the first anew each time; the second, from the heading
+`## Conclusion` on, is the user's. A comment between them, the mark, tells them apart.
+"""
+
+from lab.console import warn
+
+import codecs
+import hashlib
 import json
 import math
 import os
+import re
 import warnings
 
-from lab.files import read_json, read_lines, write_text, write_whole
+from lab.files import read_bytes, read_json, read_lines, write_whole
+
+MARK = "<!-- all above is written by the program, all below by you; sha256 {} -->"
+MARK_LINE = re.compile(rb"%b[ \t]*\r?\n?" % MARK.format("([0-9a-f]{64})").encode())
+# from a fence to one at least as long (CommonMark 4.5)
+CODE_BLOCK = re.compile(rb"(?ms)^ {0,3}(`{3,}|~{3,})[^\n`]*$.*?(^ {0,3}\1[`~]*[ \t\r]*$|\Z)")
+HEADING = b"## Conclusion"
+INVITATION = b"(Yours: what it showed, what comes next. Nothing from this heading on is changed.)"
 
 # --- figures as people read them
 
@@ -104,19 +120,25 @@ class Run:
 
 
 def write_entry(folder):
-    """Write a run's notebook.md and curve.png anew, each whole; nothing without a run.json. Raises
-    OSError."""
+    """Write a run's curve.png and its part of notebook.md anew, each file whole; nothing without a
+    run.json. Raises OSError."""
     run = Run(folder)
     if run.is_ours:
         picture = draw_curve(run)
         write_whole(f"{folder}/curve.png", lambda file: picture.savefig(file, format="png"))
-        write_text(f"{folder}/notebook.md", entry(run))
+        ours = entry(run).encode(errors="replace") + b"\n"
+        mark = MARK.format(digest(ours)).encode() + b"\n"
+        path = f"{folder}/notebook.md"
+        theirs = take_over(path)
+        write_whole(path, lambda file: file.write(ours + mark + theirs))
 
 
 def entry(run):
     """A run's notebook entry, Markdown."""
     about, c = run.about, run.about["config"]
     title, _, question = about["doc"].strip().partition("\n")
+    # indented lines are the arithmetic: blank lines around make them a block of their own
+    question = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", question)
     expected = "no figure given"
     if c["expected_ppl"]:
         expected = "Validation perplexity {:g} to {:g}".format(*c["expected_ppl"])
@@ -219,8 +241,15 @@ def results_part(run, c):
     if best.get("samples"):
         paragraphs.append("### Samples of the best")
         for prompt, text in best["samples"]:
-            paragraphs.append(f"Prompt: {json.dumps(prompt)}\n```\n{text}\n```")
+            paragraphs.append(f"Prompt: {json.dumps(prompt)}\n{fenced(text)}")
     return paragraphs
+
+
+def fenced(text):
+    """Text as a Markdown code block, with a fence longer than any in the text."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
 
 
 def evaluations_table(evaluations):
@@ -244,6 +273,48 @@ def evaluations_table(evaluations):
         )
     head = ["epoch", "step", "train loss", "val loss", "val perplexity", "change"]
     return table(head, rows)
+
+
+# --- the user's part
+
+
+def digest(ours):
+    """The SHA-256 of the program's part. What editors change by themselves does not count: a byte
+    order mark, line ends and the space before them."""
+    lines = ours.removeprefix(codecs.BOM_UTF8).splitlines()
+    plain = b"\n".join(line.rstrip() for line in lines)
+    return hashlib.sha256(plain.strip()).hexdigest()
+
+
+def divide(text):
+    """(the program's part, the user's, whether the first is as the program left it) of the bytes of
+    a notebook.md.
+
+    A sample may hold any line, so that the mark is the one whose hash fits what stands above it.
+    Where none fits, the border is what looks like it outside code blocks.
+    """
+    for mark in MARK_LINE.finditer(text):
+        if digest(text[: mark.start()]).encode() == mark[1]:
+            return text[: mark.start()], text[mark.end() :], True
+    bare = CODE_BLOCK.sub(lambda block: b" " * len(block[0]), text)
+    heading = re.search(rb"(?m)^(?=%b)" % HEADING, bare)
+    if border := MARK_LINE.search(bare) or heading or MARK_LINE.search(text):
+        return text[: border.start()], text[border.end() :], False
+    return text, b"", False
+
+
+def take_over(path):
+    """The user's part of a notebook.md that is about to be written anew. If the rest of it is not
+    as the program left it, the whole of it is kept beside it first. Raises OSError."""
+    text = read_bytes(path)
+    _, theirs, untouched = divide(text)
+    if text.strip() and not untouched:
+        kept = f"{path}.before"
+        earlier = read_bytes(kept)
+        if text not in earlier:  # as it is after a kill between the two files
+            write_whole(kept, lambda file: file.write(earlier + text))
+        warn(f"{path} was changed above its conclusion, or has no mark; it is kept in {kept}")
+    return theirs if theirs.strip() else b"\n%b\n\n%b\n" % (HEADING, INVITATION)
 
 
 # --- pictures

@@ -353,6 +353,6 @@ def test_two_ranks_write_one_notebook(tiny, script):
         len(metrics(evaluations=True)) == 1
         and "2 x cpu" in Path("out/tiny/notebook.md").read_text()
     )
-    assert entry(Run("out/tiny")) == Path("out/tiny/notebook.md").read_text()
+    assert Path("out/tiny/notebook.md").read_text().startswith(entry(Run("out/tiny")))
     assert read_lines("out/none") == [] and np.isfinite(metrics()[-1]["train_loss"])
     assert torch.load("out/tiny/best.pt", weights_only=True)["metrics"]["val_stderr"] > 0
