@@ -1,4 +1,4 @@
-"""All runs side by side, out of what they leave in their folders. Needs no torch.
+"""All runs side by side, or a sweep's, out of what they leave in their folders. Needs no torch.
 
 python report.py [out/NAME ...] [--format md|csv|json] [--notebook] [--html]
 """
@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from lab import grid
 from lab.book import write_book
 from lab.notebook import Run, figure, show, table
 from lab.settings import command_line, setting
@@ -39,7 +40,7 @@ class Options:
 
     format: str = setting("md", "of the table", choices=("md", "csv", "json"))
     recorded: bool = setting(True, "the notebook's five rows among them")
-    picture: str = setting("out/report.png", "where the picture goes", path=True)
+    picture: str = setting("", "its path (default: report.png in out/ or the sweep)", path=True)
     notebook: bool = setting(False, "write out/notebook.md: the report and every run's entry")
     html: bool = setting(False, "write out/notebook.html too: the same, its pictures inside")
 
@@ -47,8 +48,9 @@ class Options:
 def row_of(run):
     """A run as a dict of figures, its best evaluation's."""
     best, N = run.best(), run.about["parameters"]["total"]
+    sweep, name = os.path.split(os.path.abspath(run.folder))
     return dict(
-        run=run.name,
+        run=f"{os.path.basename(sweep)}/{name}" if grid.is_sweep(sweep) else run.name,
         state="finished" if run.final else "not finished",
         parameters=N,
         tokens=best["tokens"],
@@ -161,8 +163,8 @@ def search(sizes, terms, L):
     return best
 
 
-def draw(rows, path):
-    """report.png: the loss against parameters, tokens and FLOPs."""
+def draw(rows):
+    """A figure of the loss against parameters, tokens and FLOPs."""
     picture, axes = figure(3)
     labels = dict(parameters="parameters", tokens="training tokens seen", flops="training FLOPs")
     for ax, (key, label) in zip(axes, labels.items(), strict=True):
@@ -182,7 +184,14 @@ def draw(rows, path):
         ax.set(xscale="log", xlabel=label, ylabel="validation loss, nats a token")
         ax.margins(x=0.4)
     axes[0].set_title("o: runs here, x: the notebook's records", fontsize=9)
-    picture.savefig(path)
+    return picture
+
+
+def runs_in(top):
+    """The folders below one that hold a run, or no other folder: those can be named as left out."""
+    folders = [path for path in Path(top).rglob("*") if path.is_dir()]
+    parents = {path.parent for path in folders}
+    return sorted(str(p) for p in folders if p not in parents or (p / "run.json").exists())
 
 
 def main(argv=None):
@@ -194,27 +203,39 @@ def main(argv=None):
             f"there is no folder {', '.join(missing)}; name runs' folders, or none for all under "
             "out/"
         )
-    found = folders or sorted(str(path) for path in Path("out").glob("*") if path.is_dir())
-    rows, left_out = rows_of(found, options.recorded)
-    if left_out:
-        print(f"left out: {', '.join(left_out)}", file=sys.stderr)
-    if not rows:
-        mend = command("train.py", ROOT / "config/demo.py")
-        raise UserError(f"no run to show; train one first: `{mend}`")
-    print_rows(rows, options.format)
-    try:
-        os.makedirs(os.path.dirname(options.picture) or ".", exist_ok=True)
-        draw(rows, options.picture)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot write {options.picture}: {error}; name another --picture"
-        ) from None
-    print(f"the picture is {options.picture}", file=sys.stderr)
+    if len(folders) == 1 and grid.is_sweep(folders[0]) and options.format == "md":
+        found, trials = runs_in(folders[0]), grid.read_trials(folders[0])
+        text, picture, path = grid.text(trials), grid.draw(trials), f"{folders[0]}/report.png"
+        print(text)
+    else:
+        named = [runs_in(folder) if grid.is_sweep(folder) else [folder] for folder in folders]
+        found = sum(named, []) or runs_in("out")
+        rows, left_out = rows_of(found, options.recorded)
+        if left_out:
+            print(f"left out: {', '.join(left_out)}", file=sys.stderr)
+        if not rows:
+            mend = command("train.py", ROOT / "config/demo.py")
+            raise UserError(f"no run to show; train one first: `{mend}`")
+        text, picture, path = summary(rows), draw(rows), "out/report.png"
+        print_rows(rows, options.format)
+    path = options.picture or path
+    if picture:
+        save(picture, path)
     if options.notebook or options.html:
-        picture = quote(os.fsencode(os.path.relpath(options.picture, "out")))
-        top = f"{summary(rows)}\n\n![all runs]({picture})"
+        shown = f"![all runs]({quote(os.fsencode(os.path.relpath(path, 'out')))})"
+        top = f"{text}\n\n{shown}" if picture else text
         written = write_book(found, top, options.html)
         print(f"the notebook is {' and '.join(written)}", file=sys.stderr)
+
+
+def save(picture, path):
+    """Write a matplotlib figure. Raises UserError."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        picture.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}; name another --picture") from None
+    print(f"the picture is {path}", file=sys.stderr)
 
 
 def columns_of(rows):

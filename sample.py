@@ -78,15 +78,15 @@ class Options:
 def find_checkpoint(out_dir=None):
     """The checkpoint to sample from: a run's best.pt, or its last.pt before its first evaluation.
 
-    out_dir: the run's folder; None is the run under out/ whose checkpoints are the newest. Raises
-    UserError.
+    out_dir: the run's folder; None is the run under out/, or in a sweep there, whose checkpoints
+    are the newest. Raises UserError.
     """
-    folders = [Path(out_dir)] if out_dir else list(Path("out").glob("*"))
+    folders = [Path(out_dir)] if out_dir else list(Path("out").rglob("*"))
     paths = [folder / name for folder in folders for name in ("best.pt", "last.pt")]
     found = [path for path in paths if path.is_file()]
     if not found:
         mend = command("train.py", ROOT / "config/demo.py")
-        raise UserError(f"no checkpoint in {out_dir or 'out/*'}; train one first: `{mend}`")
+        raise UserError(f"no checkpoint in {out_dir or 'out/'}; train one first: `{mend}`")
     folder = max(found, key=lambda path: path.stat().st_mtime_ns).parent
     return next(path for path in found if path.parent == folder)
 

@@ -6,6 +6,7 @@ line wins over it. Everything that is wrong with both is listed at once.
 
 from lab.console import ROOT, UserError, command, first_line
 
+import itertools
 import os
 import re
 import sys
@@ -265,10 +266,19 @@ def load_config(argv=None, script="train.py", cls=Config):
     argv: without the script's name; None for the process's own. cls: Config, or a class with more
     settings. Raises UserError with all problems in one line; --help prints and exits 0.
     """
+    return load_grid(argv, script, cls)[0]
+
+
+def load_grid(argv, script, cls, lists=()):
+    """The Configs of a command line as load_config() takes it, but that each setting of `lists` may
+    have several values with commas between them: a Config for each combination, those that differ
+    in the last one next to each other. Raises UserError with the problems of all in one line."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        show_help(cls, f"python {script} config/NAME.py [--setting value | --setting=value ...]")
-    alone, over, problems = split_words(cls, argv)
+        more = ",value" if lists else ""
+        usage = f"[--setting value{more} | --setting=value{more} ...]"
+        show_help(cls, f"python {script} config/NAME.py {usage}")
+    alone, over, problems = split_words(cls, argv, lists)
     if not alone:
         small = command(script, ROOT / "config/demo.py")
         raise UserError(
@@ -277,15 +287,19 @@ def load_config(argv=None, script="train.py", cls=Config):
     path, *extra = alone
     problems += [f"{word} is neither a setting nor its value" for word in extra]
     values, doc = read_config(path)
-    values |= over
-    config, wrong, right = check(cls, values)
-    problems += wrong
-    # a rule speaks where none of its settings is wrong by itself
-    for names, phrase in config.conflicts():
-        if all(name in right or name not in values for name in names):
-            problems.append(phrase)
+    choices = [value if name in lists else [value] for name, value in over.items()]
+    configs = []
+    for chosen in itertools.product(*choices):
+        values |= dict(zip(over, chosen, strict=True))
+        config, wrong, right = check(cls, values)
+        problems += wrong
+        # a rule speaks where none of its settings is wrong by itself
+        for names, phrase in config.conflicts():
+            if all(name in right or name not in values for name in names):
+                problems.append(phrase)
+        config.name, config.doc = os.path.splitext(os.path.basename(path))[0], doc
+        config.out_dir = config.out_dir or os.path.join("out", config.name)
+        configs.append(config)
     if problems:
-        raise UserError(f"{path} and the command line: {'; '.join(problems)}")
-    config.name, config.doc = os.path.splitext(os.path.basename(path))[0], doc
-    config.out_dir = config.out_dir or os.path.join("out", config.name)
-    return config
+        raise UserError(f"{path} and the command line: {'; '.join(dict.fromkeys(problems))}")
+    return configs

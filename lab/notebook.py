@@ -69,7 +69,7 @@ def table(head, rows):
     """A Markdown table, numbers to the right."""
 
     def is_number(column):
-        return all(not str(row[column]).strip("-+,.0123456789e%:") for row in rows)
+        return all(not str(row[column]).strip("-+,.0123456789e%: ±") for row in rows)
 
     line = ["---:" if is_number(i) else "---" for i in range(len(head))]
     shown = []

@@ -106,9 +106,10 @@ def check(cls, values):
     return cls(**right), problems, set(right)
 
 
-def split_words(cls, argv):
+def split_words(cls, argv, lists=()):
     """(words that stand by themselves, {name: value}, problems) of a command line for cls. Both
-    `--name value` and `--name=value`; a bare --name of type bool is True."""
+    `--name value` and `--name=value`; a bare --name of type bool is True. A setting of `lists`
+    comes as a list: its values have commas between them."""
     fields, alone, values, problems, words = fields_of(cls), [], {}, [], list(argv)
     while words:
         word = words.pop(0)
@@ -120,7 +121,7 @@ def split_words(cls, argv):
             # a bool may stand bare, so that it takes the next word only if that is a bool's
             bare = name in fields and bool in types_of(fields[name])
             follows = words and not words[0].startswith("--")
-            if follows and (not bare or words[0].lower() in WORDS):
+            if follows and (not bare or WORDS.keys() >= set(words[0].lower().split(","))):
                 text = words.pop(0)
             elif bare:
                 text = "True"
@@ -128,6 +129,8 @@ def split_words(cls, argv):
                 problems.append(f"--{name} needs a value")
                 continue
         values[name] = from_text(fields[name], text) if name in fields else text
+        if name in lists:
+            values[name] = [from_text(fields[name], part) for part in text.split(",")]
     return alone, values, problems
 
 
