@@ -91,7 +91,7 @@ class ModernBlock(nn.Module):
 
 class LanguageModel(nn.Module):
     """A GPT: token embedding, dropout, num_layers blocks, a norm, and a head that is tied to the
-    embedding and has a bias over the vocabulary.
+    embedding and, unless head_bias is False, has a bias over the vocabulary.
 
     block "gpt2" is the notebook's: learned positions beside the embedding, LayerNorm. It is
     initialised as GPT-2 (Radford et al. 2019): normal(0, 0.02), projections into the residual
@@ -109,6 +109,7 @@ class LanguageModel(nn.Module):
         num_layers,
         dropout=0.0,
         block="gpt2",
+        head_bias=True,
     ):
         super().__init__()
         self.args = dict(
@@ -120,6 +121,7 @@ class LanguageModel(nn.Module):
             num_layers=num_layers,
             dropout=dropout,
             block=block,
+            head_bias=head_bias,
         )
         self.modern = block == "modern"
         self.compiled_hidden = self.compiled_softmax = None  # see compile_parts()
@@ -137,7 +139,10 @@ class LanguageModel(nn.Module):
         cls = ModernBlock if self.modern else Block
         blocks = [cls(d_model, num_heads, d_ff, dropout) for _ in range(num_layers)]
         self.blocks = nn.ModuleList(blocks)
-        self.head_bias = nn.Parameter(torch.zeros(vocab_size))
+        if head_bias:
+            self.head_bias = nn.Parameter(torch.zeros(vocab_size))
+        else:  # zeros that stay, so that all who add the bias need not ask
+            self.register_buffer("head_bias", torch.zeros(vocab_size))
         for name, module in self.named_modules():
             self.initialise(name, module)
 
@@ -254,7 +259,7 @@ class LanguageModel(nn.Module):
         head_bias and blocks."""
         total = sum(p.numel() for p in self.parameters())
         embeddings = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
-        bias = self.head_bias.numel()
+        bias = self.head_bias.numel() if self.args["head_bias"] else 0
         blocks = total - embeddings - bias
         return dict(total=total, embeddings=embeddings, head_bias=bias, blocks=blocks)
 

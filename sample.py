@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
-from lab import checkpoint
-from lab.data import load_tokenizer
+from lab.data import Dataset, load_tokenizer
+from lab.evaluate import evaluate
 from lab.generate import Sampling, end_of_text, generate, prompt_ids, until_end
+from lab.gpt2 import open_weights, write_folder
+from lab.machine import Machine
 from lab.notebook import perplexity
 from lab.settings import command_line, setting
 from model import LanguageModel
@@ -34,7 +36,7 @@ class Options:
     prompts: str = setting("", "a file with a prompt a line, continued as one batch", path=True)
     interactive: bool = setting(False, "read a prompt a line from standard input")
     out_dir: str = setting("", "the run's folder (default: the one trained last)", path=True)
-    checkpoint: str = setting("", "a checkpoint file, instead of a run's best", path=True)
+    checkpoint: str = setting("", "a file, or gpt2, instead of a run's best", path=True)
     num_samples: int = setting(1, "texts for each prompt, as one batch", low=1)
     max_new_tokens: int = setting(200, "tokens to add to each", low=1)
     temperature: float = setting(0.8, "0 takes the likeliest token", low=0)
@@ -51,6 +53,8 @@ class Options:
     cuda_graph: bool = setting(
         False, "on CUDA: a token's work as one CUDA graph; off until it has been run on a GPU"
     )
+    export: str = setting("", "write the model for transformers into this folder", path=True)
+    drop_head_bias: bool = setting(False, "export without the head's bias")
     device: str = setting(
         "auto",
         "auto is cuda where there is one, else the CPU",
@@ -208,11 +212,42 @@ class Speaker:
             print(json.dumps(dict(prompt=prompt, text=text, tokens=more, logprob=logprob)))
 
 
+def export(model, config, options):
+    """Write a model for transformers, and say what leaving its head's bias out costs. config: its
+    run's settings, a dict or None. Raises UserError."""
+    if model.modern:
+        raise UserError("transformers has no block modern; train with --block gpt2 to export")
+    biased = bool(model.head_bias.any())
+    if biased and not options.drop_head_bias:
+        raise UserError(
+            "transformers' GPT-2 has no place for this model's head bias; --drop_head_bias leaves "
+            "it out and says what that costs, and a run with --head_bias False has none"
+        )
+    write_folder(model, options.export)
+    print(f"{options.export} is written for transformers", file=sys.stderr)
+    if biased:
+        print(bias_cost(model, config), file=sys.stderr)
+
+
+def bias_cost(model, config):
+    """What leaving the head's bias out costs on the run's validation split, as a phrase. The model
+    is without it then."""
+    try:
+        split = Dataset(config["dataset"], config["data_dir"]).split("val")
+    except (UserError, TypeError):
+        return "what the head's bias was worth is unknown: its data set is not prepared here"
+    machine = Machine(model.head_bias.device, torch.float32)
+    before = evaluate(model, split, machine, rows=8)["loss"]
+    model.head_bias.data.zero_()
+    after = evaluate(model, split, machine, rows=8)["loss"]
+    return f"validation loss {before:.4f} with the head's bias, {after:.4f} without, as exported"
+
+
 def main(argv=None):
     options, _ = command_line(Options, argv, "python sample.py [--setting value ...]")
     prompts = read_prompts(options)
     path = options.checkpoint or find_checkpoint(options.out_dir)
-    found = checkpoint.load(path)
+    found = open_weights(str(path))
     model = LanguageModel.from_checkpoint(found)
     figures = found.get("metrics")
     about = ", not evaluated yet"
@@ -224,6 +259,8 @@ def main(argv=None):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
+    if options.export:
+        return export(model, found.get("config"), options)
     if device == "cpu" and options.num_samples * len(prompts) == 1:
         lay_out_for_one(model)
     encoding = load_tokenizer()

@@ -10,6 +10,7 @@ processes changes the speed and nothing else, and a resumed run is the same run.
 
 from lab.console import UserError, command, progress, run, stop_signals
 
+import os
 import sys
 import time
 
@@ -19,8 +20,9 @@ from config import load_config
 from lab import checkpoint
 from lab.data import Batches, Dataset, load_tokenizer, log_frequencies
 from lab.evaluate import evaluate, figures_text
-from lab.folder import Folder, describe
+from lab.folder import Folder, describe, restarted
 from lab.generate import continue_texts
+from lab.gpt2 import open_weights
 from lab.machine import open_machine
 from lab.notebook import chinchilla, perplexity, verdict
 from lab.optimizer import warmup_of
@@ -58,6 +60,7 @@ def train(config, machine, folder, stop, again):
     # what is to be trained, and on what
     dataset = Dataset(config.dataset, config.data_dir)
     splits = {name: dataset.split(name) for name in dataset.counts}
+    weights = starting_weights(config, machine, dataset)
     batches, total_steps = batches_of(config, splits["train"])
     sums = dataset.sums()
     ours = ("data_dir", "out_dir", "device")  # may differ from rank to rank
@@ -71,6 +74,9 @@ def train(config, machine, folder, stop, again):
     if config.dry_run:
         return 0
     model = build_model(config, machine, planned, splits["train"].tokens)
+    if weights:
+        model.load_state_dict(weights)
+        del weights
 
     # what to go on from
     found, finished = machine.from_rank_0(lambda: folder.open(config, sums, again))
@@ -324,6 +330,7 @@ def plan(config, machine, dataset, model, batches, total_steps):
     memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
     lines = {
         "run": f"{config.out_dir} on {machine}",
+        "weights": f"begin as those of {config.init_from or f'seed {config.seed}'}",
         "parameters": f"{n['total']:,}: embeddings {n['embeddings']:,}, head bias "
         f"{n['head_bias']:,}, blocks {n['blocks']:,}",
         "data": f"{config.dataset}: {tokens:,} training tokens, "
@@ -339,6 +346,45 @@ def plan(config, machine, dataset, model, batches, total_steps):
         "memory": f"about {memory:,.1f} GB a rank, beside Python and torch themselves",
     }
     return "\n".join(f"{name:10}  {line}" for name, line in lines.items())
+
+
+def starting_weights(config, machine, dataset):
+    """The weights that a run begins with, a state_dict on the CPU; None for its seed's, and where
+    it goes on from its own. With init_from the config takes their shape. Raises UserError."""
+    if not config.init_from:
+        return None
+    if config.resume or restarted():
+        own = machine.from_rank_0(lambda: checkpoint.shape_of(config.out_dir))
+        if own:
+            config.take_shape(own)  # what was named otherwise is for the folder to refuse
+            return None
+    model, _ = load_model(config.init_from, dataset)
+    theirs = config.take_shape(model.args)
+    weights = model.state_dict()
+    positions = weights.get("position_embedding.weight")
+    if positions is None or config.max_seq_len <= len(positions):
+        theirs.pop("max_seq_len", None)  # rotary positions have no end, learned ones can be cut
+    if theirs:
+        differ = ", ".join(f"{k} {v}, not {getattr(config, k)}" for k, v in theirs.items())
+        mend = " ".join(f"--{k} {v}" for k, v in theirs.items())
+        raise UserError(f"{config.init_from} has {differ}; leave that out, or use {mend}")
+    if positions is not None:
+        weights["position_embedding.weight"] = positions[: config.max_seq_len]
+    return weights
+
+
+def load_model(where, dataset):
+    """(the model of open_weights(where), on the CPU; its checkpoint's dict). Raises UserError if
+    it reads other ids than the data set's."""
+    found = open_weights(where)
+    model = LanguageModel.from_checkpoint(found)
+    theirs = found.get("tokenizer"), model.args["vocab_size"]
+    if theirs != (dataset.tokenizer, dataset.vocab_size):
+        raise UserError(
+            f"{where} was trained with another tokenizer than {dataset.name}'s; choose another "
+            "--dataset"
+        )
+    return model, found
 
 
 def new_model(config, vocab_size, tokens=None):
@@ -375,20 +421,14 @@ def build_model(config, machine, planned, tokens):
 
 
 def eval_only(config, machine):
-    """Print the figures of the best checkpoint in out_dir on a split. Raises UserError."""
+    """Print the figures, on a split, of the best checkpoint in out_dir; of init_from's weights
+    where there is none. Raises UserError."""
     path = f"{config.out_dir}/best.pt"
-    found = checkpoint.load(path)
-    model = LanguageModel.from_checkpoint(found)
+    if config.init_from and not os.path.exists(path):
+        path = config.init_from
     dataset = Dataset(config.dataset, config.data_dir)
     split = dataset.split(config.split)
-    same = (
-        dataset.vocab_size == model.args["vocab_size"] and dataset.tokenizer == found["tokenizer"]
-    )
-    if not same:
-        raise UserError(
-            f"{config.out_dir} was trained with another tokenizer than {config.dataset}'s; choose "
-            "another --dataset"
-        )
+    model, found = load_model(path, dataset)
     context = model.args["max_seq_len"]
     if config.eval_stride > context:
         raise UserError(

@@ -24,6 +24,7 @@ class Config:
 
     name: ClassVar[str] = ""  # the config file's, without .py
     doc: ClassVar[str] = ""  # its docstring: the question, and what is expected
+    named: ClassVar[frozenset] = frozenset()  # the settings that it or the command line names
 
     # data
     dataset: str = setting("wikitext-103", "folder under data_dir that prepare.py wrote")
@@ -43,8 +44,14 @@ class Config:
     block: str = setting(
         "gpt2", "gpt2, the notebook's, or modern, experiment 6's", choices=("gpt2", "modern")
     )
+    head_bias: bool = setting(
+        True, "a bias over the vocabulary; GPT-2 has none, so that transformers takes none"
+    )
     unigram_bias: bool = setting(
         False, "begin with the head's bias at the log frequencies of the training tokens"
+    )
+    init_from: str = setting(
+        "", "weights to begin with, and their shape: best.pt, gpt2, a folder", path=True
     )
     # training
     batch_size: int = setting(
@@ -160,8 +167,19 @@ class Config:
 
     def model_args(self, vocab_size):
         """What LanguageModel is made with."""
-        names = "max_seq_len d_model num_heads d_ff num_layers dropout block".split()
+        names = "max_seq_len d_model num_heads d_ff num_layers dropout block head_bias".split()
         return dict(vocab_size=vocab_size) | {name: getattr(self, name) for name in names}
+
+    def take_shape(self, args):
+        """Take the shape of other weights, their model's arguments, for all that nobody named.
+        Returns {name: theirs} of what was named otherwise."""
+        otherwise = {}
+        for name in sorted(args.keys() - {"vocab_size", "dropout"}):
+            if name not in self.named:
+                setattr(self, name, args[name])
+            elif getattr(self, name) != args[name]:
+                otherwise[name] = args[name]
+        return otherwise
 
     def plain(self):
         """The settings as a dict of what JSON and a checkpoint can hold."""
@@ -170,7 +188,9 @@ class Config:
     def differences(self, old):
         """What makes the run of `old`, a dict as plain() gives it, another experiment: phrases."""
         new, fields = self.plain(), fields_of(self)
-        fixed = [name for name in sorted(old) if name in new and not fields[name].metadata["free"]]
+        # a setting that is younger than the run had its default's effect
+        old = {name: field.default for name, field in fields.items()} | old
+        fixed = [name for name in sorted(new) if not fields[name].metadata["free"]]
         return [f"{k} was {old[k]!r}, now {new[k]!r}" for k in fixed if old[k] != new[k]]
 
     def conflicts(self):
@@ -183,14 +203,20 @@ class Config:
 
         rule(
             "d_model num_heads",
-            c.d_model % c.num_heads == 0,
+            c.init_from or c.d_model % c.num_heads == 0,  # or else the shape is not known yet
             f"num_heads {c.num_heads} does not divide d_model {c.d_model}",
         )
         rule(
             "d_model num_heads block",
-            c.block != "modern" or c.d_model % (2 * c.num_heads) == 0,
+            c.init_from or c.block != "modern" or c.d_model % (2 * c.num_heads) == 0,
             f"block modern turns pairs, and num_heads {c.num_heads} leaves a head of d_model "
             f"{c.d_model} an odd size",
+        )
+        rule(
+            "unigram_bias head_bias init_from",
+            not c.unigram_bias or (c.head_bias and not c.init_from),
+            "unigram_bias sets a new head bias, which goes neither with init_from nor with "
+            "head_bias False; use --unigram_bias False",
         )
         rule(
             "batch_size micro_batch_size",
@@ -297,6 +323,7 @@ def load_grid(argv, script, cls, lists=()):
         for names, phrase in config.conflicts():
             if all(name in right or name not in values for name in names):
                 problems.append(phrase)
+        config.named = frozenset(values)
         config.name, config.doc = os.path.splitext(os.path.basename(path))[0], doc
         config.out_dir = config.out_dir or os.path.join("out", config.name)
         configs.append(config)

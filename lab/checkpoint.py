@@ -6,6 +6,7 @@ needs, prev.pt the one before, best.pt the weights that evaluated best.
 
 from lab.console import ROOT, UserError, command
 
+import contextlib
 import os
 import zipfile
 
@@ -56,6 +57,15 @@ def load(path, needed=TO_SAMPLE):
             f"{path} is not a whole checkpoint of this version of the program; name another"
         )
     return checkpoint
+
+
+def shape_of(folder):
+    """The model's arguments of a run's newest whole checkpoint, None where there is none. Changes
+    nothing there."""
+    for name in ("last", "prev"):
+        with contextlib.suppress(UserError):
+            return load(f"{folder}/{name}.pt", TO_RESUME)["model_args"]
+    return None
 
 
 def newest(folder):

@@ -44,13 +44,13 @@ class Folder:
         data: {split: SHA-256}. again: the command that resumes. Returns (a checkpoint or None,
         whether its last figures are written). Raises UserError.
         """
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        goes_on = config.resume or restarted()
         try:
             os.makedirs(self.path, exist_ok=True)
             # after a restart the dead rank may still be on its way out
-            mend, seconds = "wait for it, or choose another --out_dir", 10 if restarted else 0
+            mend, seconds = "wait for it, or choose another --out_dir", 10 if restarted() else 0
             self.lock.take(f"{self.path}/.lock", self.path, mend, seconds)
-            if not (config.resume or restarted):
+            if not goes_on:
                 self.refuse_taken(config, data, again)
             found, path, warning = checkpoint.newest(self.path)
             if warning:
@@ -68,7 +68,7 @@ class Folder:
             ) from None
         if found:
             self.machine.say(f"going on from {path}, step {found['step']:,}")
-        elif config.resume or restarted:
+        elif goes_on:
             self.machine.say(f"no checkpoint in {self.path} yet; beginning at step 0")
         return found, os.path.exists(self.final)
 
@@ -177,6 +177,11 @@ class Folder:
         if final:
             self.write_entry()
         return written and self.saved == (state.step, state.evaluated_step)
+
+
+def restarted():
+    """Whether torchrun started this process again, since a rank had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def describe(config, dataset, model, batches, total_steps):
