@@ -25,9 +25,10 @@ import torch
 import report
 from config import Config, load_grid
 from lab.data import Dataset
+from lab.dtype import choose_dtype
 from lab.files import Lock, read_json, write_text
 from lab.grid import Trial, label
-from lab.machine import choose_device, choose_dtype, ranks_of
+from lab.machine import Machine, choose_device, ranks_of
 from lab.settings import fields_of, setting, split_words, types_of
 from train import batches_of
 
@@ -95,7 +96,8 @@ def settle_dtype(configs, top):
     for config in configs:
         if config.dtype == "auto":
             if kept == "auto" and not config.print:
-                kept = str(choose_dtype(config, choose_device(config, ranks_of({}))))[6:]
+                machine = Machine(choose_device(config, ranks_of({})), torch.float32)
+                kept = str(choose_dtype(config, machine)[0])[6:]
             config.dtype = kept
 
 
