@@ -30,7 +30,7 @@ from lab.files import Lock, read_json, write_text
 from lab.grid import Trial, label
 from lab.machine import Machine, choose_device, ranks_of
 from lab.settings import fields_of, setting, split_words, types_of
-from train import batches_of
+from plan import batches_of
 
 # settings that are the sweep's own, or that it gives to its runs itself
 OWN = "out_dir", "resume", "dry_run", "jobs", "print"

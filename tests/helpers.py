@@ -21,7 +21,7 @@ from lab.data import Batches, Dataset
 from lab.files import read_lines
 from lab.machine import Machine
 from lab.trainer import Trainer, tokens_on, windows
-from train import new_model
+from plan import new_model
 
 ROOT = Path(__file__).parent.parent
 CPU = Machine(torch.device("cpu"), torch.float32)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import bench
+from lab.machine import open_machine
 
 
 def test_bench_says_how_fast_and_leaves_a_trace(tiny, capsys, monkeypatch):
@@ -29,8 +30,6 @@ def test_bench_says_how_fast_and_leaves_a_trace(tiny, capsys, monkeypatch):
 
 
 def test_the_machine_s_peak_is_in_the_right_order():
-    from train import open_machine
-
     config = bench.load_config(["config/demo.py", "--device", "cpu", "--dtype", "float32"])
     with open_machine(config) as machine:
         assert 1e8 < bench.matmul_peak(machine, machine.dtype, limit=0.1) < 1e14

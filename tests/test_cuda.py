@@ -21,6 +21,7 @@ from lab.kernels import HeadLoss, head_loss, softmax_loss
 from lab.machine import Machine
 from lab.trainer import Trainer
 from model import LanguageModel
+from plan import new_model
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU, or not make test-cuda"
@@ -185,7 +186,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny, monkeypatch):
     real = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: real(*args) * math.nan)
     assert train.main([tiny, "--device", "cuda", "--save_interval", "2", *MODERN]) == 1
-    begun = train.new_model(load_config([tiny, *MODERN]), VOCAB).state_dict()
+    begun = new_model(load_config([tiny, *MODERN]), VOCAB).state_dict()
     assert all(
         torch.equal(begun[name], value) for name, value in weights("out/tiny/last.pt").items()
     )
@@ -206,7 +207,7 @@ def test_the_memory_of_a_step_is_what_the_plan_says(config, rows):
         held = torch.cuda.memory_allocated()
         tokens = np.random.RandomState(0).randint(50257, size=1 << 18).astype(np.uint16)
         batches = Batches(tokens, config.max_seq_len, config.batch_size, 0)
-        trainer = Trainer(config, machine, train.new_model(config, 50257).cuda(), batches, 1000)
+        trainer = Trainer(config, machine, new_model(config, 50257).cuda(), batches, 1000)
         assert trainer.micro == rows
         for step in range(3):
             trainer.step(step)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from helpers import ROOT, assert_near, near
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from config import load_config
 from lab import kernels
 from lab.checkpoint import load as load_checkpoint
@@ -25,6 +24,7 @@ from lab.kernels import (
     softmax_loss,
 )
 from model import LanguageModel
+from plan import new_model
 
 pytestmark = pytest.mark.arithmetic
 BLOCKS = pytest.mark.parametrize("block", ["gpt2", "modern"])
@@ -53,7 +53,7 @@ def shaken(model):
 def test_experiment_6_keeps_to_the_budget(name, budget):
     c = load_config([str(ROOT / f"config/{name}.py")])
     with torch.device("meta"):
-        model = train.new_model(c, 50257)
+        model = new_model(c, 50257)
     assert 0.99 * budget < model.count()["total"] <= budget
 
 

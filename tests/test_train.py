@@ -49,6 +49,7 @@ from lab.files import Lock
 from lab.machine import Machine, Ranks, ranks_of
 from lab.optimizer import Muon, lr_at, make_optimizers, orthogonalise
 from model import LanguageModel
+from plan import new_model
 
 # Embeddings of 0.02 make a logit's standard deviation 0.02 * 8**0.5, and in a mean over 96 targets
 # a tenth of that: the
@@ -193,7 +194,7 @@ def test_a_head_bias_of_word_frequencies_is_the_unigram_model(tiny):
         np.fromfile("data/tiny/train.bin", dtype="<u2"),
         load_config([tiny, "--unigram_bias"]),
     )
-    bias = train.new_model(config, VOCAB, tokens).head_bias.detach().numpy()
+    bias = new_model(config, VOCAB, tokens).head_bias.detach().numpy()
     counts = np.bincount(tokens, minlength=VOCAB)
     np.testing.assert_allclose(
         bias, np.log((counts + 1) / (len(tokens) + VOCAB)), rtol=near(torch.float32, 1)

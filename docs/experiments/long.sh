@@ -47,6 +47,6 @@ shift 2
 # SIGTERM ends a run after its step. 0 seconds are no limit. A checkpoint is 12 bytes a parameter,
 # so that it is written seldom.
 exec timeout --foreground --kill-after=60 "${RUN_SECONDS:-0}" \
-    python train.py "config/$config.py" --dataset wikipedia --epochs "$epochs" \
+    "${PYTHON:-python}" train.py "config/$config.py" --dataset wikipedia --epochs "$epochs" \
     --cuda_graph True --dtype bfloat16 --log_interval 50 --save_interval 2000 \
     --out_dir "out/long/$config-$epochs" --resume "$@"

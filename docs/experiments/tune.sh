@@ -37,7 +37,7 @@ one() { # NAME CONFIG [--setting value ...]
     fi
     # SIGTERM ends a run after its step, with a checkpoint
     timeout --foreground --kill-after=30 "$seconds" \
-        python train.py "config/$config.py" --dataset choose --max_steps 1000 \
+        "${PYTHON:-python}" train.py "config/$config.py" --dataset choose --max_steps 1000 \
         --cuda_graph True --dtype bfloat16 --log_interval 50 --save_interval 0 \
         --sample_prompts "()" --out_dir "out/tune/$name" --resume "$@" >>"$log" 2>&1 || true
     if [[ -e out/tune/$name/final.json ]]; then
@@ -82,5 +82,5 @@ wait
 
 finished=$(find out/tune -name final.json | wc -l)
 echo "$finished of $runs runs are finished"
-python report.py out/tune/*/ --recorded False --picture out/tune.png
+"${PYTHON:-python}" report.py out/tune/*/ --recorded False --picture out/tune.png
 ((finished == runs)) # or exit code 1
