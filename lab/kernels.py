@@ -152,8 +152,8 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
             room = None if dtype == full else x.new_empty(block, padded, dtype=full)
             softmax = functools.partial(softmax_in_place, room=room)
         if gradients:
-            grad_x, low_grad = torch.empty_like(x), torch.empty_like(low_weight)
-            grad_weight, grad_bias = bias.new_zeros(padded, D), torch.zeros_like(bias)
+            grad_x, grad_bias = torch.empty_like(x), torch.zeros_like(bias)
+            grad_weight = product = None
         for start in range(0, N, rows):
             xs = low_x[start : start + rows]
             chunk = torch.mm(xs, low_weight.t(), out=logits[: len(xs)])
@@ -168,9 +168,13 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
                 for i in range(words, padded, words):
                     part = chunk[:, i : i + words] @ low_weight[i : i + words]
                     grad_x[start : start + rows] += part
-                torch.mm(chunk.t(), xs, out=low_grad)
-                for into, part in zip(grad_weight.split(band), low_grad.split(band), strict=True):
-                    into += part
+                product = torch.mm(chunk.t(), xs, out=product)
+                if grad_weight is None:  # the first is the sum so far
+                    grad_weight, product = product.to(full), None
+                else:
+                    bands = zip(grad_weight.split(band), product.split(band), strict=True)
+                    for into, part in bands:
+                        into += part
     if not gradients:
         return losses, None, None, None
     return losses, grad_x, grad_weight[:V], grad_bias[:V]
