@@ -114,7 +114,7 @@ def claim(top, config, jobs, again, lock):
                 left.take(f"{trial.folder}/.lock", trial.folder, "wait for its end", seconds=30)
             trial.look()
         old = read_json(f"{top}/sweep.json")
-        fixed = {k: v for k, v in old.get("config", {}).items() if k not in vary}
+        fixed = old.get("config", {}) | {name: getattr(config, name) for name in vary}
         if old and (vary != old["vary"] or config.differences(fixed)):
             raise UserError(
                 f"{top} holds another sweep, `{old['command']}`; choose another --out_dir"

@@ -129,7 +129,7 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
     x, weight and bias, None without `gradients`. The idea of forming gradients in the forward pass
     is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
     """
-    kind, (N, D), V = x.device.type, x.shape, len(weight)
+    kind, N, V = x.device.type, len(x), len(weight)
     on = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if on else weight.dtype
     full = torch.promote_types(dtype, torch.float32)

@@ -21,6 +21,7 @@ from helpers import (
     make_dataset,
     metrics,
     near,
+    rows_of,
     same,
     weights,
 )
@@ -226,7 +227,7 @@ def tune(*words):
 def test_a_run_begins_with_another_s_weights(block, capsys):
     assert tune("--max_steps", "2") == 0
     assert "begin as those of out/tiny/best.pt" in capsys.readouterr().out
-    tokens = Batches(Dataset("other").split("train").tokens, 16, 6, 0).batch(0)
+    tokens = rows_of(Batches(Dataset("other").split("train").tokens, 16, 6, 0), 0)
     model = LanguageModel.from_checkpoint(load("out/tiny/best.pt"))
     loss = model(*map(torch.from_numpy, (tokens[:, :-1], tokens[:, 1:]))).item()
     first = metrics("out/free")[0]

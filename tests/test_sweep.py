@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, children, metrics, started, step_of, until
 
 import report
@@ -100,8 +101,8 @@ def test_all_problems_are_one_line_before_the_first_run(tiny, capsys):
 
 
 def test_dtype_is_chosen_once_and_kept(tiny, monkeypatch, capsys):
-    chosen = iter(["bfloat16", "float32"])
-    monkeypatch.setattr(sweep, "choose_dtype", lambda *args: f"torch.{next(chosen)}")
+    chosen = iter([torch.bfloat16, torch.float32])
+    monkeypatch.setattr(sweep, "choose_dtype", lambda *args: (next(chosen), ""))
     words = "--dtype", "auto", "--seed", "0,1"
     assert [job.words[-3] for job in jobs_of(*words)] == ["--dtype=bfloat16"] * 2
     Path("out/tiny-sweep").mkdir(parents=True)
