@@ -77,7 +77,9 @@ def pieces(config, dtype):
     """(a function that does about what a block does, forward and backward, one for the head):
     matmuls and softmaxes of the model's shapes, in dtype."""
     D, heads, F = config.d_model, config.num_heads, config.d_ff
-    if max(D, F) > 4096:  # wider ones give the same answer, and may not fit into memory
+    # wider ones give the same answer and may not fit into memory; heads that do not divide the
+    # width get a line of their own later
+    if max(D, F) > 4096 or D % heads:
         D, heads, F = 1024, 8, 4096
 
     x, wide, logits = (torch.randn(ROWS, n).to(dtype) for n in (D, F, WORDS))

@@ -1,3 +1,5 @@
+from lab.console import UserError
+
 import json
 import os
 from pathlib import Path
@@ -35,6 +37,12 @@ def test_the_faster_dtype_is_chosen_and_a_near_tie_is_float32(
 def test_a_model_larger_than_memory_has_a_plan(tiny, capsys):
     assert train.main([*AUTO, "--d_model", "2000000", "--dry_run"]) == 0
     assert "memory" in capsys.readouterr().out
+
+
+def test_heads_that_do_not_divide_the_width_are_refused_by_their_own_line(tiny):
+    wrong = "--num_heads", "3", "--init_from", "nowhere.pt"
+    with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):
+        train.main([*AUTO, *wrong])
 
 
 def test_a_resumed_run_keeps_its_dtype_unless_another_is_named(tiny, capsys):

@@ -1,7 +1,6 @@
 from lab.console import UserError
 
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -25,9 +24,7 @@ from helpers import (
     ROOT,
     TOKENS,
     VOCAB,
-    assert_near,
     assert_same_curve,
-    assert_same_curves,
     assert_the_same_run,
     before_each_pass,
     limited,
@@ -42,150 +39,17 @@ from helpers import (
 
 import report
 import train
-from config import Config, load_config
+from config import load_config
 from lab.checkpoint import load as load_checkpoint
 from lab.data import Batches
 from lab.files import Lock
-from lab.machine import Machine, Ranks, ranks_of
-from lab.optimizer import Muon, lr_at, make_optimizers, orthogonalise
-from model import LanguageModel
+from lab.machine import Ranks, ranks_of
 from plan import new_model
 
 # Embeddings of 0.02 make a logit's standard deviation 0.02 * 8**0.5, and in a mean over 96 targets
 # a tenth of that: the
 # first loss is within five of those of what the head's bias alone gives.
 AT_FIRST = 5 * 0.02 * 8**0.5 / 96**0.5
-
-
-# --- the experiment, as pure functions
-
-
-@pytest.mark.parametrize("tokens, batch_size", [(16 * 8, 4), (16 * 8 + 5, 3), (16 * 3, 7)])
-def test_an_epoch_takes_every_token_once(tokens, batch_size):
-    batches = Batches(np.arange(tokens, dtype=np.uint16), 16, batch_size, seed=3)
-    steps = batches.epoch_end(5)
-    targets = np.concatenate([rows_of(batches, i) for i in range(steps)])[:, 1:]
-    assert steps == math.ceil(5 * (tokens // 16) / batch_size)
-    for epoch in range(5):
-        mine = targets[epoch * batches.windows : (epoch + 1) * batches.windows].flatten()
-        assert len(set(mine.tolist())) == len(mine) == tokens - tokens % 16
-    assert (targets[: batches.windows] != targets[batches.windows : 2 * batches.windows]).any()
-    assert (
-        len({int(batches.order(epoch)[0]) % 16 for epoch in range(5)}) > 1
-    )  # cut at another phase
-
-
-def test_a_batch_follows_from_seed_and_step_and_ranks_only_slice_it():
-    tokens = np.arange(500, dtype=np.uint16) * 131  # past 2**15, too
-    whole = [rows_of(Batches(tokens, 16, 6, seed=1), i) for i in range(12)]
-    fresh = Batches(tokens, 16, 6, seed=1)
-    for i in (11, 0, 5):  # in any order
-        assert np.array_equal(rows_of(fresh, i), whole[i])
-        for world in (2, 4):
-            assert np.array_equal(
-                np.concatenate([rows_of(fresh, i, rank, world) for rank in range(world)]), whole[i]
-            )
-    assert not np.array_equal(rows_of(Batches(tokens, 16, 6, seed=2), 0), whole[0])
-    for row in whole[7]:
-        first = row[0] // 131
-        assert np.array_equal(row, tokens.take(first + np.arange(17), mode="wrap"))
-
-
-def test_learning_rate():
-    config = Config(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
-    approx = functools.partial(pytest.approx, rel=near(torch.float64, 10), abs=0)
-    rates = [lr_at(step, config, 110) for step in range(111)]
-    assert rates[0] == approx(0.1) and rates[9] == rates[10] == 1 and rates[60] == approx(0.55)
-    assert rates[110] == approx(0.1) and all(
-        a >= b for a, b in zip(rates[10:], rates[11:], strict=False)
-    )
-    config.lr_schedule = "constant"
-    assert lr_at(5, config, 110) == approx(0.6) and lr_at(109, config, 110) == 1
-    config.lr_schedule = "trapezoid"
-    assert (
-        lr_at(5, config, 110) == approx(0.6)
-        and lr_at(66, config, 110) == lr_at(10, config, 110) == 1
-    )
-    assert lr_at(88, config, 110) == approx(0.55) and lr_at(110, config, 110) == approx(0.1)
-
-
-@pytest.mark.parametrize("total, warmup", [(100_000, 200), (2000, 200), (60, 6), (9, 0), (1, 0)])
-def test_a_warm_up_that_is_not_given_is_a_tenth_of_the_run_or_200_steps(total, warmup):
-    config = Config(learning_rate=1.0)
-    rates = [lr_at(step, config, total) for step in range(min(total, 300))]
-    assert rates.index(max(rates)) == max(0, warmup - 1) and 0 < rates[0] <= 1
-    assert rates[:warmup] == [pytest.approx((i + 1) / warmup) for i in range(warmup)]
-
-
-@pytest.mark.arithmetic
-def test_orthogonalised_matrices_have_singular_values_near_one():
-    torch.manual_seed(0)
-    x = torch.randn(3, 12, 30)
-    u, before, v = torch.linalg.svd(x.double(), full_matrices=False)
-    values = before / before.norm(dim=-1, keepdim=True)
-    condition = (
-        values[:, :1] / values[:, -1:]
-    ).max()  # all errors are as large as the largest value's
-    for _ in range(5):  # each singular value by itself
-        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    assert 0.6 < values.min() and values.max() < 1.3
-    tolerance = condition * near(
-        torch.float32, 5 * (30 + 12 + 12)
-    )  # the three sums of each of five rounds
-    assert_near(
-        orthogonalise(x), u @ torch.diag_embed(values) @ v, tolerance
-    )  # and directions stay
-    assert torch.equal(orthogonalise(x.mT), orthogonalise(x).mT)
-
-
-@pytest.mark.arithmetic
-def test_muon_takes_torch_s_steps(monkeypatch):
-    """torch's own takes a matrix at a time and would round to bfloat16."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
-    torch.manual_seed(0)
-    ours = [torch.randn(8, 24), torch.randn(24, 8), torch.randn(8, 24)]
-    theirs, begun = [p.clone() for p in ours], [p.clone() for p in ours]
-    one = Muon([dict(params=ours)], lr=0.02, weight_decay=0.1)
-    two = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="original")
-    for _ in range(5):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        one.step(), two.step()
-    for p, q, start in zip(
-        ours, theirs, begun, strict=True
-    ):  # what they moved by, which is small beside the weights
-        weights_rounding = 5 * near(torch.float32, 1) * start.abs().max() / (q - start).abs().max()
-        # random numbers, 8 x 24: singular values within a factor of (24**0.5 + 8**0.5) / (24**0.5
-        # - 8**0.5) = 4
-        assert_near(
-            p - start, q - start, 4 * near(torch.float32, 5 * 5 * (24 + 8 + 8)) + weights_rounding
-        )
-
-
-@pytest.mark.parametrize("block", ["gpt2", "modern"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_updated_once_and_weight_decay_acts_on_matrices_alone(block, optimizer):
-    model = LanguageModel(50, 8, 8, 2, 16, 1, block=block)
-    config = Config(
-        weight_decay=0.1, optimizer=optimizer, learning_rate=1e-3, muon_learning_rate=2e-2
-    )
-    names = {id(p): name for name, p in model.named_parameters()}
-    updated, muon = [], set()
-    for each in make_optimizers(config, model):
-        for group in each.param_groups:
-            mine = [names[id(p)] for p in group["params"]]
-            assert all(
-                (group["weight_decay"] == 0.1) == (model.get_parameter(name).dim() > 1)
-                for name in mine
-            )
-            if isinstance(each, Muon):
-                muon.update(mine)
-                assert group["scale"] == pytest.approx(20, rel=near(torch.float64, 2))
-            updated += mine
-    assert sorted(updated) == sorted(names.values())
-    matrices = {"qkv", "attention_out", "mlp_in", "mlp_out"} if optimizer == "muon" else set()
-    assert muon == {f"blocks.0.{name}.weight" for name in matrices}
 
 
 @pytest.mark.arithmetic
@@ -592,72 +456,3 @@ def test_ctrl_c_in_a_terminal(tiny):
         and "Ctrl-C again ends at once" in errors
     )
     assert load_checkpoint("out/tiny/last.pt")["step"] > 30
-
-
-# --- ranks
-
-
-@pytest.mark.parametrize(
-    "batch_size, context, rows", [(8, 512, 2), (3, 512, 2), (5, 256, 3), (8, 2048, 1)]
-)
-def test_a_forward_pass_on_a_cpu_takes_1024_tokens_at_most_in_equal_parts(
-    batch_size, context, rows
-):
-    config = Config(batch_size=batch_size, max_seq_len=context)
-    model = LanguageModel(100, context, 16, 2, 64, 2)
-    assert train.micro_batch_size(config, model, CPU) == rows
-    elsewhere = dataclasses.replace(CPU, device=torch.device("mps"))
-    assert train.micro_batch_size(config, model, elsewhere) == batch_size
-
-
-def test_ranks_whose_memory_differs_cut_an_evaluation_alike():
-    class Uneven(Machine):
-        def smallest(self, fits):
-            return [min(fits, 1.0)]  # the other rank holds one sequence
-
-    machine = Uneven(CPU.device, CPU.dtype, world=2)
-    assert (
-        train.micro_batch_size(Config(batch_size=8), LanguageModel(100, 512, 16, 2, 64, 2), machine)
-        == 1
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.arithmetic
-@pytest.mark.parametrize("micro, more", [("0", MODERN), ("2", ())])
-def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
-    options = [
-        tiny,
-        "--dropout",
-        "0",
-        "--max_steps",
-        "20",
-        "--eval_interval",
-        "10",
-        "--batch_size",
-        "7",
-        *more,
-    ]
-    assert train.main([*options, "--out_dir", "out/one"]) == 0
-    done = script(
-        "train.py", *options, "--micro_batch_size", micro, "--out_dir", "out/two", launch=RANKS
-    )
-    assert "Warning" not in done.stderr
-    assert_same_curves("out/one", "out/two", 20, condition=MUON if more else 1)
-    assert len(metrics("out/two")) == 20 and len(metrics("out/two", evaluations=True)) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.arithmetic
-def test_a_run_goes_on_with_another_number_of_ranks(tiny, script):
-    options = [tiny, "--dropout", "0", "--eval_interval", "10", "--lr_schedule", "constant"]
-    assert train.main([*options, "--max_steps", "20", "--out_dir", "out/one"]) == 0
-    script("train.py", *options, "--max_steps", "9", launch=RANKS)
-    assert train.main([*options, "--max_steps", "20", "--resume"]) == 0
-    one, two = ([line["train_loss"] for line in metrics(out)] for out in ("out/one", "out/tiny"))
-    assert_same_curve(one, two, TOKENS)
-
-
-def test_more_ranks_than_sequences_is_refused_by_one_line(tiny, script):
-    done = script("train.py", tiny, "--batch_size", "1", launch=RANKS, code=1)
-    assert done.stderr.count("error: batch_size 1 leaves some of 2 ranks without a sequence") == 1
