@@ -78,6 +78,7 @@ def bench(config, machine):
     for i in range(1, WARM_UP):
         for step in sides.values():
             seconds(machine, step, i)
+    memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
     before = best_peak(machine)
 
     # in turn, so that whatever else the machine does meets both
@@ -91,9 +92,9 @@ def bench(config, machine):
     peaks = before, best_peak(machine)
 
     if "ours" in sides:
-        tell(config, machine, trainer, times["ours"], first, peaks)
+        tell(config, machine, trainer, times["ours"], first, peaks, memory)
     if "peer" in sides:
-        tell_peer(config, machine, times, firsts["peer"])
+        tell_peer(config, machine, times, firsts["peer"], memory)
     if machine.device.type == "cuda":
         for name, step in sides.items():
             tell_device(config, machine, name, step)
@@ -144,13 +145,12 @@ def peak_bytes(device):
 # --- what is printed
 
 
-def tell(config, machine, trainer, times, first, peaks):
+def tell(config, machine, trainer, times, first, peaks, memory):
     """Print our figures. times: seconds a step; first: seconds to the end of the first step; peaks:
-    FLOP/s, before and after the steps."""
+    FLOP/s, before and after the steps; memory: the most bytes that each rank has held."""
     model, step_tokens = trainer.model, trainer.batches.step_tokens
     speeds = [step_tokens / t for t in times]
     peak, median, flops = statistics.mean(peaks), statistics.median(speeds), model.flops_per_token()
-    memory = machine.gather(peak_bytes(machine.device))
     gigabytes = ", ".join(f"{value / 1e9:.2f}" for value in memory)
     how = "compiled" if trainer.compiled else "not compiled"
     how += ", one CUDA graph a step" if trainer.graphed else ""
@@ -168,13 +168,12 @@ def tell(config, machine, trainer, times, first, peaks):
     )
 
 
-def tell_peer(config, machine, times, first):
-    """Print the peer's figures, and ours beside them."""
+def tell_peer(config, machine, times, first, memory):
+    """Print the peer's figures, and ours beside them. See tell()."""
     median, step_tokens = statistics.median(times["peer"]), config.batch_size * config.max_seq_len
-    memory = peak_bytes(machine.device) / 1e9
     line = f"nanoGPT      median {step_tokens / median:,.0f} tokens/s; first step {first:.1f} s"
     if config.peer_only:
-        line += f"; peak memory {memory:.2f} GB"
+        line += f"; peak memory {memory[0] / 1e9:.2f} GB"
     else:
         ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["peer"], strict=True)]
         line += (
@@ -201,7 +200,7 @@ def tell_device(config, machine, name, step):
     cuda = torch.autograd.DeviceType.CUDA
     kernels = [event for event in profiler.events() if event.device_type == cuda]
     launches = [event for event in profiler.events() if "Launch" in event.name]
-    busy = sum(event.device_time for event in kernels) / 1e6
+    busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
     machine.say(
         f"{name:11}  {1000 * alone:.2f} ms a step waited for, {1000 * together:.2f} ms together; "
         f"{len(kernels)} kernels in {len(launches)} launches, busy for {busy / together:.2f} of it"

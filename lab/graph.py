@@ -2,6 +2,8 @@
 
 from lab.console import first_line, warn
 
+import contextlib
+
 import torch
 
 WARM_UP = 3  # times that work is done before it is recorded: compilation, allocations, libraries
@@ -38,17 +40,25 @@ class Recorder:
             return function
         graph = torch.cuda.CUDAGraph()
         # the mode: other threads may use CUDA meanwhile
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(
+            graph, self.pool, self.stream, capture_error_mode="thread_local"
+        )
+        # a recording that fails would leave its stream the current one
+        with torch.cuda.stream(self.stream), capture:
             function()
         return graph.replay
 
     def give_up(self, error):
         """Leave the device as it was before a recording that failed. Returns why, as a phrase."""
         if self.stream is not None:
+            index = self.stream.device_index
             torch.cuda.synchronize()
             # the random numbers' state still counts as being recorded, and would refuse to be used
-            generator = torch.cuda.default_generators[self.device.index or 0]
+            generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(torch.Generator(self.device).graphsafe_get_state())
+            # so does the memory, before torch 2.12 (pytorch#180395), and would not be given back
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, self.pool)
             torch.cuda.empty_cache()
         return first_line(error)[:150]
 
