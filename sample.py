@@ -50,9 +50,7 @@ class Options:
         "has the id that ends a text",
         choices=("text", "jsonl"),
     )
-    cuda_graph: bool = setting(
-        False, "on CUDA: a token's work as one CUDA graph; off until it has been run on a GPU"
-    )
+    cuda_graph: bool = setting(True, "on CUDA: a token's work as one CUDA graph")
     export: str = setting("", "write the model for transformers into this folder", path=True)
     drop_head_bias: bool = setting(False, "export without the head's bias")
     device: str = setting(
@@ -198,7 +196,7 @@ class Speaker:
         """generate(), with None in place of the ids of rows that have ended; until all have."""
         options, ended = self.options, [False] * len(batch)
         size = self.encoding.n_vocab
-        how, graph = options.sampling(), options.cuda_graph
+        how, graph = options.sampling(), options.cuda_graph and self.model.head_bias.is_cuda
         for new, logprobs in generate(self.model, batch, options.max_new_tokens, how, size, graph):
             ended = [over or i == self.end for over, i in zip(ended, new, strict=True)]
             yield [None if over else i for over, i in zip(ended, new, strict=True)], logprobs

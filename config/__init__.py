@@ -128,9 +128,9 @@ class Config:
     )
     compile: bool | None = setting(None, "torch.compile the blocks (None: on CUDA only)", free=True)
     cuda_graph: bool | None = setting(
-        False,
+        None,
         "the step as one CUDA graph (None: where one process is on CUDA, without a scaler; True: "
-        "over ranks, too); off until it has been run on a GPU",
+        "over ranks, too)",
         free=True,
     )
     rank_timeout: float = setting(

@@ -130,13 +130,15 @@ def test_a_graph_gives_the_curve_of_the_eager_step(tiny, capsys, more, dtype):
     # dropout, a learning rate that moves, parts of 4 and 2, and there and back by resume
     options = [tiny, "--device", "cuda", "--dtype", dtype, "--micro_batch_size", "4", *more]
     options += ["--max_steps", "30", "--save_interval", "5", "--warmup_steps", "10"]
-    assert train.main([*options, "--out_dir", "eager"]) == 0
-    assert train.main([*options, "--out_dir", "graph", "--cuda_graph"]) == 0
-    turns = ((), ("--cuda_graph", "--resume"), ("--resume",))
+    eager = "--cuda_graph", "False"
+    assert train.main([*options, "--out_dir", "eager", *eager]) == 0
+    assert train.main([*options, "--out_dir", "graph"]) == 0
+    turns = (eager, ("--resume",), (*eager, "--resume"))
     for steps, turn in zip(("11", "21", "30"), turns, strict=True):
         part = [*options, "--lr_schedule", "constant", "--out_dir", "turns", "--max_steps", steps]
         assert train.main([*part, *turn]) == 0
-    assert train.main([*options, "--lr_schedule", "constant", "--out_dir", "constant"]) == 0
+    constant = "--lr_schedule", "constant", "--out_dir", "constant"
+    assert train.main([*options, *constant, *eager]) == 0
     assert "no CUDA graph" not in capsys.readouterr().out
     # sums on a GPU come in no fixed order, before Muon's rounds in bfloat16
     condition = MUON if more else 1

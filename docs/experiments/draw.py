@@ -1,10 +1,8 @@
-"""Draw the runs at real size: `python -m docs.experiments.draw`.
+"""Draw docs/runs.png: `python -m docs.experiments.draw`.
 
-docs/first-look.png is made from first-look.jsonl, and docs/runs.png from the folders that
-collect.py has put beside this file, once there are any.
+It shows the runs at real size, out of the folders that collect.py has put beside this file.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -14,94 +12,78 @@ from lab.notebook import Run
 
 HERE = Path(__file__).parent
 CONFIGS = {  # config: (label, colour, line)
-    "exp1": ("experiment 1, 0.9 M", "C2", "--"),
-    "exp2": ("experiment 2, 0.9 M", "C2", "--"),
-    "exp6_tiny": ("experiment 6 tiny, 0.9 M", "C2", "-"),
-    "exp3": ("experiment 3, 7.3 M", "C0", "--"),
-    "exp6_small": ("experiment 6 small, 7.3 M", "C0", "-"),
-    "exp4": ("experiment 4, 16.2 M", "C1", "--"),
-    "exp5": ("experiment 5, 19.4 M", "C3", "--"),
-    "exp6": ("experiment 6, 19.3 M", "C3", "-"),
+    "exp1": ("experiment 1", "C2", "--"),
+    "exp2": ("experiment 2", "C2", "--"),
+    "exp6_tiny": ("experiment 6 tiny", "C2", "-"),
+    "exp3": ("experiment 3", "C0", "--"),
+    "exp6_small": ("experiment 6 small", "C0", "-"),
+    "exp4": ("experiment 4", "C1", "--"),
+    "exp5": ("experiment 5", "C3", "--"),
+    "exp6": ("experiment 6", "C3", "-"),
 }
-RECORDED = {
-    "experiment 1 (WikiText-2) after 209 epochs": 464.64,
-    "experiment 2 after 10 epochs": 364.71,
-    "experiment 3 after 10 epochs": 65.71,
-    "experiment 4 after 9 epochs": 46.33,
+RECORDED = {  # label: (perplexity, where its text stands: 0 is left, 1 is right)
+    "experiment 1 (WikiText-2) after 209 epochs": (464.64, 1),
+    "experiment 2 after 10 epochs": (364.71, 1),
+    "experiment 3 after 10 epochs": (65.71, 0),
+    "experiment 4 after 9 epochs": (46.33, 0),
 }
+APART = 0.17  # nats between the texts beside the last dots
 
 
-def new_picture(xlabel):
-    """(a figure, its axes)."""
-    picture = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = picture.subplots()
-    title = "lines: training; dots: all of WikiText's validation text, with its perplexity"
-    axes.set_title(title, fontsize=9)
-    axes.set(xlabel=xlabel, ylabel="loss, nats a token")
-    return picture, axes
+def draw_run(axes, run):
+    """Draw a run's training losses as a line and its evaluations as dots."""
+    _, colour, line = CONFIGS[run.about["name"]]
+    training = [(x["tokens"], x["train_loss"]) for x in run.training if x["train_loss"]]
+    evaluations = [(x["tokens"], x["val_loss"]) for x in run.evaluations]
+    axes.plot(*zip(*training, strict=True), line, color=colour)
+    axes.plot(*zip(*evaluations, strict=True), "o", color=colour)
 
 
-def draw_run(axes, style, training, evaluations, text):
-    """Draw a run. style: (label, colour, line). training, evaluations: [(tokens, loss)]. text:
-    what stands beside the last evaluation."""
-    label, colour, line = style
-    axes.plot([x for x, _ in training], [y for _, y in training], line, color=colour, label=label)
-    axes.plot([x for x, _ in evaluations], [y for _, y in evaluations], "o", color=colour)
-    place = dict(xytext=(7, -3), textcoords="offset points")
-    axes.annotate(text, evaluations[-1], color=colour, **place)
+def name_runs(axes, runs):
+    """Beside each run's last dot, its name and perplexity; from below, none on top of another."""
+    height = -math.inf
+    for run in sorted(runs, key=lambda run: run.evaluations[-1]["val_loss"]):
+        label, colour, _ = CONFIGS[run.about["name"]]
+        last = run.evaluations[-1]
+        height = max(height + APART, last["val_loss"])
+        text = f"{label}: {last['val_ppl']:,.1f}"
+        place = dict(xytext=(8, 0), textcoords="offset points", va="center")
+        axes.annotate(text, (last["tokens"], height), color=colour, fontsize=9, **place)
 
 
-def draw_recorded(axes, label):
-    """Draw a result of the notebook's as a line."""
-    loss = math.log(RECORDED[label])
-    axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
-    text = f"the notebook's {label}: {RECORDED[label]}"
+def draw_recorded(axes):
+    """Draw the notebook's results as lines."""
     across = axes.get_yaxis_transform()  # x from 0 to 1 over the picture's width, y a loss
-    axes.text(0.008, loss + 0.03, text, color="gray", fontsize=8, transform=across)
-
-
-def draw_first_look(path):
-    """Draw the runs of first-look.jsonl."""
-    lines = [json.loads(line) for line in open(HERE / "first-look.jsonl", encoding="utf-8")]
-    picture, axes = new_picture("training tokens, millions")
-    for config in ("exp3", "exp6_small", "exp5", "exp6"):
-        mine = [line for line in lines if line["config"] == config]
-        training = [(x["tokens"] / 1e6, x["train_loss"]) for x in mine if "train_loss" in x]
-        (end,) = (x for x in mine if "val_loss" in x)
-        evaluations = [(end["tokens"] / 1e6, end["val_loss"])]
-        text = f"{end['val_ppl']:.1f} in {end['seconds']:.0f} s"
-        draw_run(axes, CONFIGS[config], training, evaluations, text)
-    draw_recorded(axes, "experiment 3 after 10 epochs")
-    draw_recorded(axes, "experiment 4 after 9 epochs")
-    axes.set(xlim=(0, 122), ylim=(3.6, 7.6))
-    axes.legend(loc="upper right", fontsize=8)
-    picture.savefig(path, dpi=110)
+    for label, (perplexity, at) in RECORDED.items():
+        loss = math.log(perplexity)
+        axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
+        text = f"the notebook's {label}: {perplexity}"
+        style = dict(color="gray", fontsize=8, ha=("left", "right")[at], transform=across)
+        axes.text(0.008 + 0.984 * at, loss + 0.03, text, **style)
 
 
 def draw_runs(folders, path):
     """Draw the runs in folders that collect.py has made."""
-    picture, axes = new_picture(
-        "training tokens of English Wikipedia articles, not WikiText-103's own training text"
-    )
-    for run in map(Run, folders):
-        label, colour, line = CONFIGS[run.about["name"]]
-        training = [(x["tokens"], x["train_loss"]) for x in run.training if x["train_loss"]]
-        evaluations = [(x["tokens"], x["val_loss"]) for x in run.evaluations]
-        # the seconds are those of the whole run, compilation and evaluations among them
-        text = f"{run.evaluations[-1]['val_ppl']:,.1f} in {run.seconds():,.0f} s"
-        draw_run(axes, (f"{label}: {run.name}", colour, line), training, evaluations, text)
-    for label in RECORDED:
-        draw_recorded(axes, label)
-    axes.set(xscale="log")
-    axes.margins(x=0.2)  # beside the last dots stand their texts
-    axes.legend(loc="upper right", fontsize=8)
+    runs = [Run(folder) for folder in folders]
+    picture = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = picture.subplots()
+    for run in runs:
+        draw_run(axes, run)
+    name_runs(axes, runs)
+    draw_recorded(axes)
+    title = "lines: training; dots: all of WikiText's validation text, with its perplexity"
+    axes.set_title(title, fontsize=9)
+    about = "training tokens of English Wikipedia articles, not WikiText-103's own training text"
+    axes.set(xlabel=about, ylabel="loss, nats a token", xscale="log")
+    tokens = [run.evaluations[-1]["tokens"] for run in runs]
+    axes.set_xlim(min(tokens) / 50, max(tokens) * 4)  # beside the last dots stand their texts
+    axes.set_ylim(top=7.7)
     picture.savefig(path, dpi=110)
 
 
 def main():
-    draw_first_look(HERE.parent / "first-look.png")
-    if folders := sorted(file.parent for file in HERE.glob("*/final.json")):
-        draw_runs(folders, HERE.parent / "runs.png")
+    folders = sorted(file.parent for file in HERE.glob("*/final.json"))
+    draw_runs(folders, HERE.parent / "runs.png")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@
 # below. After RUN_SECONDS (no limit where that is not given) it is stopped, with a checkpoint and
 # exit code 124. Two commands side by side save time: one compiles while the other trains.
 #
-# First one epoch of each, with what tune.sh found best: experiment 6's in its configs, the
-# notebook's side, which stays as it is written, on the command line.
+# One epoch of each, with what tune.sh found best: experiment 6's in its configs, the notebook's
+# side, which stays as it is written, on the command line. These were run (docs/experiments.md).
 #
 #     docs/experiments/long.sh exp6 1
-#     docs/experiments/long.sh exp5 1 --dropout 0 --learning_rate BEST
 #     docs/experiments/long.sh exp6_small 1
-#     docs/experiments/long.sh exp3 1 --dropout 0 --learning_rate BEST
+#     docs/experiments/long.sh exp5 1 --dropout 0 --learning_rate 1e-3
+#     docs/experiments/long.sh exp3 1 --dropout 0 --learning_rate 4e-3
 #
-# Then
+# These were not; for BEST, tune.sh has runs that are left.
 #
 #     docs/experiments/long.sh exp6 5
 #     docs/experiments/long.sh exp6_small 10
@@ -48,5 +48,5 @@ shift 2
 # so that it is written seldom.
 exec timeout --foreground --kill-after=60 "${RUN_SECONDS:-0}" \
     "${PYTHON:-python}" train.py "config/$config.py" --dataset wikipedia --epochs "$epochs" \
-    --cuda_graph True --dtype bfloat16 --log_interval 50 --save_interval 2000 \
+    --dtype bfloat16 --log_interval 50 --save_interval 2000 \
     --out_dir "out/long/$config-$epochs" --resume "$@"

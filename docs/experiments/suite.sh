@@ -28,5 +28,5 @@ for config in "${parts[@]}"; do
         beside=(--peer "$peer")
     fi
     timeout "$limit" "${PYTHON:-python}" bench.py "config/$config.py" --steps 40 \
-        --dtype bfloat16 --cuda_graph True "${beside[@]}" "$@" || echo "$config: exit code $?"
+        --dtype bfloat16 "${beside[@]}" "$@" || echo "$config: exit code $?"
 done
