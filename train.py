@@ -104,6 +104,7 @@ class Run:
         self.config, self.folder, self.stop = config, folder, stop
         self.dataset, self.trainer, self.state = dataset, trainer, state
         self.machine = trainer.machine
+        self.best_figures = None  # on validation, where the best evaluation was this process's
         hidden = self.machine.rank > 0
         self.bar = progress(
             state.total_steps, "training", initial=state.step, unit="step", disable=hidden
@@ -221,13 +222,14 @@ class Run:
         figures = self.figures_of("val")
         if figures is None:
             return False
-        state, folder = self.state, self.folder
+        state, folder, whole = self.state, self.folder, figures
         kept = ("loss", "stderr", "ppl", "ppl_word", "bits_per_byte")
         figures = {f"val_{name}": figures[name] for name in kept}
         train_loss, better = state.evaluated(figures)
         written = better and folder.save_best(lambda: self.contents() | {"metrics": figures})
         if written:  # the best is what best.pt holds
             state.best = dict(step=state.step, **figures)
+            self.best_figures = whole
         samples = self.samples() if better else {}
         folder.log(state, train_loss=train_loss, **figures, best=better, **samples)
         self.bar.clear()
@@ -260,7 +262,8 @@ class Run:
         found = {}
         for split in self.dataset.counts:
             if split != "train":
-                found[split] = self.figures_of(split)
+                known = self.best_figures if split == "val" else None
+                found[split] = known or self.figures_of(split)
                 if found[split] is None:
                     return None
         return found

@@ -7,8 +7,9 @@ keys are normalised no score passes the square root of a head's size, and a head
 at one word alone.
     D = 115,716,078 training tokens an epoch, D / N = 15.8; 32 x 512 = 16,384 tokens a step,
         7,063 steps an epoch
-Expected: at least 0.30 nats a token below experiment 3. Over one epoch of 1.05e8 tokens of Wikipedia
-articles it was 0.35 below (docs/experiments.md). What each part gives is in docs/ablations.md.
+Expected: at least 0.30 nats a token below experiment 3. Over one epoch of 1.05e8 tokens of
+Wikipedia articles it was 0.35 below (docs/experiments.md). What each part gives is in
+docs/ablations.md.
 """
 
 dataset = "wikitext-103"

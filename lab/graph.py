@@ -40,9 +40,7 @@ class Recorder:
             return function
         graph = torch.cuda.CUDAGraph()
         # the mode: other threads may use CUDA meanwhile
-        capture = torch.cuda.graph(
-            graph, self.pool, self.stream, capture_error_mode="thread_local"
-        )
+        capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
         # a recording that fails would leave its stream the current one
         with torch.cuda.stream(self.stream), capture:
             function()

@@ -165,6 +165,8 @@ def model_part(about, c):
     n = about["parameters"]
     names = "max_seq_len d_model num_heads d_ff num_layers dropout block unigram_bias".split()
     rows = [["vocab_size", f"{about['vocab_size']:,}"], *([name, c[name]] for name in names)]
+    usual = {"head_bias": True, "init_from": ""}  # told where it is another
+    rows += [[name, c[name]] for name in usual if c.get(name, usual[name]) != usual[name]]
     parts = f"embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, blocks {n['blocks']:,}"
     return [
         table(["setting", "value"], rows),

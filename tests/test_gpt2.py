@@ -235,6 +235,7 @@ def test_a_run_begins_with_another_s_weights(block, capsys):
     found = load("out/free/last.pt")
     assert found["model_args"] == model.args | {"dropout": 0.0}
     assert {int(s["step"]) for s in found["optimizers"][0]["state"].values()} == {2}
+    assert "| init_from | out/tiny/best.pt |" in Path("out/free/notebook.md").read_text()
 
 
 def test_a_resumed_run_needs_the_other_s_weights_no_more(block):
@@ -312,6 +313,7 @@ def test_a_model_without_a_head_bias_trains_and_is_exported(tiny):
     model = run_of(tiny, "--head_bias", "False")
     assert not model.head_bias.any() and model.count()["head_bias"] == 0
     assert "head_bias" not in dict(model.named_parameters())
+    assert "| head_bias | False |" in Path("out/tiny/notebook.md").read_text()
     assert metrics()[-1]["train_loss"] < metrics()[0]["train_loss"]
     assert sample.main(["--export", "out/hf", "--device", "cpu"]) is None
     peer = transformers.GPT2LMHeadModel.from_pretrained("out/hf").eval()

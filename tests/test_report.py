@@ -143,11 +143,16 @@ def test_a_tokenizer_that_cannot_be_loaded_costs_the_samples_and_not_the_run(wor
     )
 
 
-def test_the_test_split_is_looked_at_once_at_the_end(tiny, capsys):
+def add_test_split():
+    """Give the data set tiny a test split: its training tokens."""
     meta = json.loads(Path("data/tiny/meta.json").read_text())
     shutil.copy("data/tiny/train.bin", "data/tiny/test.bin")
     meta["splits"]["test"] = meta["splits"]["train"]
     Path("data/tiny/meta.json").write_text(json.dumps(meta))
+
+
+def test_the_test_split_is_looked_at_once_at_the_end(tiny, capsys):
+    add_test_split()
     assert train.main([tiny, "--max_steps", "6"]) == 0
     final = json.loads(Path("out/tiny/final.json").read_text())
     assert (
@@ -162,6 +167,8 @@ def test_the_test_split_is_looked_at_once_at_the_end(tiny, capsys):
 
 
 def test_a_run_killed_before_its_last_figures_makes_up_for_them(tiny, capsys):
+    add_test_split()  # validation is known from the evaluation before
+
     def killed(*words, evaluations):
         """A run that ends as by a kill in the first evaluation after so many."""
 

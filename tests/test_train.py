@@ -271,6 +271,16 @@ def test_patience_and_hours_end_a_run_cleanly(tiny, capsys):
     assert len(metrics("out/short")) == 1 and len(metrics("out/short", evaluations=True)) == 1
 
 
+def test_the_last_figures_are_the_best_checkpoint_s(tiny, capsys):
+    words = ["--learning_rate", "3", "--lr_schedule", "constant", "--eval_interval", "2"]
+    assert train.main([tiny, *words, "--max_steps", "8"]) == 0
+    losses = [line["val_loss"] for line in metrics(evaluations=True)]
+    assert min(losses) < losses[-1]
+    out = capsys.readouterr().out
+    assert train.main([tiny, "--eval_only"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] in out
+
+
 def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
     assert train.main([tiny, "--dry_run"]) == 0
     plan = capsys.readouterr().out
