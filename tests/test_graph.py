@@ -110,6 +110,7 @@ assert trainer.graphed
 losses = machine.reduce(*losses)
 if machine.rank == 0:
     print(*losses, *norms)
+dist.barrier()  # gloo may abort a rank that leaves while the other still uses the group
 dist.destroy_process_group()
 """
 
