@@ -174,9 +174,8 @@ def draw(rows):
                 old = row["state"] == "recorded"
                 at = row[key], row["val_loss"]
                 ax.plot(*at, "x" if old else "o", color="gray" if old else "C0")
-                name = row["run"].partition("/")[
-                    0
-                ]  # a sweep's runs lie close, so that one is named
+                # a sweep's runs lie close, so that one of them bears its name
+                name, _, _ = row["run"].partition("/")
                 if name not in named:
                     named.add(name)
                     place = dict(xytext=(4, 3), textcoords="offset points")

@@ -5,10 +5,10 @@ since GPT-2, with Muon, lower the perplexity? 19,338,609 parameters of experimen
     D = 115,716,078 training tokens an epoch, D / N = 6.0; 32 x 512 = 16,384 tokens a step,
         7,063 steps an epoch
 Expected: below experiment 5. Over one epoch of 1.05e8 tokens of Wikipedia articles it was, by 0.44
-nats (docs/experiments.md). The rates and the decay are what was best over 1,000 steps there, the
-decay and Muon's rate at exp6_small's size. Several epochs have not been run, and might want
-dropout. Experiment 5's patience and 12 hours are left out: the trapezoid's gain comes in the last
-40 % of the steps.
+nats (docs/experiments.md). Its learning rate is the only one that was tried there; its decay and
+Muon's rate are exp6_small's best. Several epochs have not been run, and might want dropout.
+Experiment 5's patience and 12 hours are left out: the trapezoid's gain comes in the last 40 % of
+the steps.
 """
 
 dataset = "wikitext-103"

@@ -9,20 +9,9 @@ from helpers import ROOT, assert_near, near
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
-from lab import kernels
 from lab.checkpoint import load as load_checkpoint
 from lab.checkpoint import save as save_checkpoint
-from lab.kernels import (
-    Dropout,
-    HeadLoss,
-    causal_attention,
-    head_loss,
-    head_rows,
-    rms_norm,
-    rotate,
-    rotations,
-    softmax_loss,
-)
+from lab.kernels import rms_norm
 from model import LanguageModel
 from plan import new_model
 
@@ -148,27 +137,6 @@ def test_logits_are_those_of_transformers_gpt2():
     assert_near(logits, expected, near(torch.float32, 3 * 8 * 32 + 2 * 32))
 
 
-def test_rotary_positions_are_those_of_transformers_llama():
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    torch.manual_seed(0)
-    q, k, positions = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8), torch.randint(500, (2, 7))
-    cos, sin = rotations(500, 8)[:, positions].unsqueeze(2)
-    whole = (torch.cat((t, t), -1).squeeze(1) for t in (cos, sin))
-    for mine, theirs in zip(
-        (rotate(q, cos, sin), rotate(k, cos, sin)),
-        llama.apply_rotary_pos_emb(q, k, *whole),
-        strict=True,
-    ):
-        assert_near(mine, theirs, near(torch.float32, 3))  # two products and their sum
-    config = llama.LlamaConfig(hidden_size=24, num_attention_heads=3, rope_theta=10000.0)
-    for mine, theirs in zip(
-        (cos, sin), llama.LlamaRotaryEmbedding(config)(q, positions), strict=True
-    ):
-        # an angle of up to 500 is off by its own rounding, and the first, slower ones a tenth and
-        # less, by theirs
-        assert_near(torch.cat((mine, mine), -1).squeeze(1), theirs, 500 * near(torch.float32, 1))
-
-
 def test_a_modern_model_begins_as_its_embeddings():
     model, tokens = small(block="modern"), torch.randint(97, (2, 12))
     assert torch.equal(model.hidden(tokens), rms_norm(rms_norm(model.token_embedding(tokens))))
@@ -188,131 +156,6 @@ def test_no_position_sees_a_later_one(block):
 
 # chunks of one row; chunks and blocks that do not divide; one chunk; the softmax of each chunk at
 # once
-@pytest.mark.parametrize("rows, block", [(1, 1), (7, 3), (24, 5), (10, 10)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "fused", [None, softmax_loss]
-)  # as one expression, which is compiled on a GPU
-def test_the_fused_loss_and_its_gradients_are_cross_entropy_s(
-    rows, block, dtype, fused, monkeypatch
-):
-    monkeypatch.setattr(kernels, "head_rows", lambda kind, V, N: (rows, block))
-    torch.manual_seed(0)
-    x, weight, bias = (
-        t.to(dtype) for t in (torch.randn(24, 16) * 3, torch.randn(97, 16), torch.randn(97))
-    )
-    targets = torch.randint(97, (24,))
-    ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    loss = HeadLoss.apply(*ours, targets, fused)
-    losses, *_ = head_loss(x, weight, bias, targets, False, fused)
-    tolerance = near(
-        dtype, 16 + 97 + 24
-    )  # a logit, its softmax, and a gradient or the mean over the rows
-    assert_near(losses.mean(), loss, tolerance)
-    (loss * 2.5).backward()
-    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
-    expected = F.cross_entropy(F.linear(*truth), targets)
-    (expected * 2.5).backward()
-    assert_near(loss, expected, tolerance)
-    for mine, theirs in zip(ours, truth, strict=True):
-        assert_near(mine.grad, theirs.grad, tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_fused_loss_in_low_precision_is_as_near_the_truth_as_autocast(dtype):
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(64, 32), torch.randn(501, 32) * 0.3, torch.randn(501)
-    targets = torch.randint(501, (64,))
-
-    def grads(loss_of, *tensors):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        loss = loss_of(*leaves)
-        loss.mean().backward()
-        return [loss.detach(), *(leaf.grad for leaf in leaves)]
-
-    def plain(*tensors):
-        return F.cross_entropy(F.linear(*tensors), targets, reduction="none")
-
-    def fused(*tensors):
-        return HeadLoss.apply(*tensors, targets)
-
-    truth = grads(plain, *(t.double() for t in (x, weight, bias)))
-    with torch.autocast("cpu", dtype):
-        ours, theirs = grads(fused, x, weight, bias), grads(plain, x, weight, bias)
-        ours[0], *_ = head_loss(x, weight, bias, targets, gradients=False)  # a loss a token
-    for mine, other, true in zip(ours, theirs, truth, strict=True):
-        assert mine.dtype == torch.float32
-        # n errors tell their size to a share of 1 / sqrt(2 n), and a quotient of two such is off
-        # by 1 / sqrt(n)
-        assert (mine - true).norm() <= (1 + 3 / math.sqrt(mine.numel())) * (other - true).norm()
-
-
-def test_the_fused_loss_is_exact_where_a_probability_rounds_to_one_or_to_nothing():
-    x = torch.tensor([[60.0], [-200.0], [200.0]])
-    weight, bias = torch.tensor([[1.0], [0.0], [-1.0]]), torch.tensor([0.5, 0.0, -0.5])
-    targets = torch.tensor([0, 1, 2])
-    losses, *_ = head_loss(x, weight, bias, targets, gradients=False)
-    expected = F.cross_entropy(
-        F.linear(x.double(), weight.double(), bias.double()), targets, reduction="none"
-    )
-    # of one logit's size all the same, since a loss is a difference of two
-    torch.testing.assert_close(
-        losses.double(), expected, rtol=near(torch.float32, 3), atol=near(torch.float32, 3)
-    )
-    assert not head_loss(x * math.nan, weight, bias, targets, gradients=False)[0].isfinite().any()
-
-
-def test_chunks_are_equal_and_bounded():
-    for N in (1, 31, 4096, 16384, 4097):
-        rows, block = head_rows("cpu", 50257, N)
-        assert rows * 50257 <= 1 << 26 and block <= rows <= N
-        assert N - rows * (math.ceil(N / rows) - 1) > rows - math.ceil(
-            N / rows
-        )  # the last is as long, or nearly
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_in_blocks_is_scaled_dot_product_attention(dtype):
-    torch.manual_seed(0)
-    # two whole blocks of rows and a part of one
-    tensors = [torch.randn(2, 3, 300, 8) for _ in range(4)]
-    kinds = dtype, torch.float32
-    ours, truth = ([t.to(kind).requires_grad_() for t in tensors[:3]] for kind in kinds)
-    results = []
-    for leaves, attention in (
-        (ours, causal_attention),
-        (truth, lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)),
-    ):
-        y = attention(*leaves)
-        y.backward(tensors[3].to(y.dtype))
-        results.append([y.detach().float(), *(leaf.grad.float() for leaf in leaves)])
-    for mine, true in zip(*results, strict=True):
-        # A rounding's standard deviation is eps / sqrt(12) at most, and a norm of many holds to it;
-        # there are twelve of them, inputs included, to a gradient at the most. In bfloat16 torch's
-        # own kernel fails where ATEN_CPU_CAPABILITY is below AVX-512 and oneDNN is not told so.
-        assert (mine - true).norm() < near(dtype, 12) / math.sqrt(12) * true.norm()
-
-
-def test_dropout_keeps_its_share_and_the_mean():
-    torch.manual_seed(0)
-    dropout, x = Dropout(0.3), torch.ones(37, 4001, dtype=torch.float64, requires_grad=True)
-    y = dropout(x)
-    y.sum().backward()
-    kept = y > 0
-    error = 4 / math.sqrt(y.numel())  # four standard errors of a mean, at a standard deviation of 1
-    assert abs(kept.double().mean() - 0.7) < error * math.sqrt(0.7 * 0.3)
-    assert abs(y.mean() - 1) < error * math.sqrt(0.3 / 0.7)
-    assert torch.equal(x.grad, y.detach()) and y[kept].unique().numel() == 1
-    assert y.max().item() == pytest.approx(1 / 0.7, rel=2**-16)  # to which p is rounded
-    both = (kept[:, 1:] & kept[:, :-1]).double().mean(), (kept[1:] & kept[:-1]).double().mean()
-    # neighbours know nothing of each other
-    assert all(abs(share - 0.49) < error / 2 for share in both)
-    assert not torch.equal(dropout(x), y)
-    torch.manual_seed(0)
-    assert torch.equal(dropout(x), y)  # a function of the seed
-    assert torch.equal(dropout.eval()(x), x)
-
-
 def test_two_hundred_steps_in_bfloat16_stay_on_the_float32_reference():
     tokens = (
         torch.randint(0, 50, (4000,), generator=torch.Generator().manual_seed(1)).cumsum(0) % 97

@@ -47,8 +47,7 @@ from lab.machine import Ranks, ranks_of
 from plan import new_model
 
 # Embeddings of 0.02 make a logit's standard deviation 0.02 * 8**0.5, and in a mean over 96 targets
-# a tenth of that: the
-# first loss is within five of those of what the head's bias alone gives.
+# a tenth of that: the first loss is within five of those of what the head's bias alone gives.
 AT_FIRST = 5 * 0.02 * 8**0.5 / 96**0.5
 
 

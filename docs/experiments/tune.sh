@@ -48,7 +48,7 @@ one() { # NAME CONFIG [--setting value ...]
 }
 
 # A run a line: name, config, settings. The first of each config compiles, and torch's cache serves
-# the others. What a compilation chooses it times, so that a busy GPU can leave slow kernels behind.
+# the others. A compilation chooses some kernels by timing them: on a busy GPU it can choose badly.
 runs=0
 while read -r name config settings; do
     runs=$((runs + 1))
