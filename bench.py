@@ -7,8 +7,6 @@
 Takes train.py's own steps, on random tokens, so that no data set is needed.
 """
 
-from lab.console import BEGAN, UserError, progress, run
-
 import importlib.util
 import os
 import resource
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 
 from config import Config, load_config
+from lab.console import BEGAN, UserError, progress, run
 from lab.data import VOCAB_SIZE, Batches
 from lab.dtype import has_bfloat16
 from lab.machine import open_machine

@@ -3,8 +3,6 @@
 Shapes: B sequences, T tokens, D = d_model, H heads, V = vocab_size. Parameters are float32.
 """
 
-from lab.console import UserError
-
 import functools
 import math
 
@@ -12,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lab.console import UserError
 from lab.kernels import (
     Dropout,
     HeadLoss,

@@ -1,10 +1,9 @@
 """What is about to be trained: the batches, the plan, the model and the weights it begins with."""
 
-from lab.console import UserError
-
 import torch
 
 from lab import checkpoint
+from lab.console import UserError
 from lab.data import Batches, log_frequencies
 from lab.folder import restarted
 from lab.gpt2 import open_weights

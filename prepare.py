@@ -8,8 +8,6 @@ writes data/NAME/{train,val,test}.bin, raw little-endian uint16 as nanoGPT's, an
 what they hold. docs/data.md says what is read, and how.
 """
 
-from lab.console import UserError, command, cpu_cores, first_line, progress, run
-
 import contextlib
 import errno
 import hashlib
@@ -26,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.console import UserError, command, cpu_cores, first_line, progress, run
 from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, load_tokenizer
 from lab.encode import encode_rows
 from lab.files import Lock

@@ -3,8 +3,6 @@
 python report.py [out/NAME ...] [--format md|csv|json] [--notebook] [--html]
 """
 
-from lab.console import ROOT, UserError, command, run
-
 import csv
 import itertools
 import json
@@ -20,6 +18,7 @@ import numpy as np
 
 from lab import grid
 from lab.book import write_book
+from lab.console import ROOT, UserError, command, run
 from lab.notebook import Run, figure, show, table
 from lab.settings import command_line, setting
 

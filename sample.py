@@ -6,8 +6,6 @@ takes the best checkpoint of the run trained last under out/, unless --out_dir o
 another. Text goes to standard output, what is said about it to standard error.
 """
 
-from lab.console import BEGAN, ROOT, UserError, command, run
-
 import codecs
 import json
 import os
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from lab.console import BEGAN, ROOT, UserError, command, run
 from lab.data import Dataset, load_tokenizer
 from lab.evaluate import evaluate
 from lab.generate import Sampling, end_of_text, generate, prompt_ids, until_end

@@ -7,8 +7,6 @@ was interrupted, and does what is left. Each run lies in a folder of its own, ou
 what happens to it is in its log.txt, and `python report.py out/NAME-sweep` shows the table.
 """
 
-from lab.console import ROOT, UserError, command, cpu_cores, progress, run, stop_signals
-
 import ctypes
 import functools
 import json
@@ -24,6 +22,7 @@ import torch
 
 import report
 from config import Config, load_grid
+from lab.console import ROOT, UserError, command, cpu_cores, progress, run, stop_signals
 from lab.data import Dataset
 from lab.dtype import choose_dtype
 from lab.files import Lock, read_json, write_text

@@ -8,8 +8,6 @@ step, dropout from (seed, step, rank). Ranks and micro-batches only slice a batc
 processes changes the speed and nothing else, and a resumed run is the same run.
 """
 
-from lab.console import UserError, command, progress, run, stop_signals
-
 import os
 import sys
 import time
@@ -18,6 +16,7 @@ import torch
 
 from config import load_config
 from lab import checkpoint
+from lab.console import UserError, command, progress, run, stop_signals
 from lab.data import Dataset, load_tokenizer
 from lab.evaluate import evaluate, figures_text
 from lab.folder import Folder, describe

@@ -4,8 +4,6 @@ A config file holds assignments only and runs in an empty namespace; `--name val
 line wins over it. Everything that is wrong with both is listed at once.
 """
 
-from lab.console import ROOT, UserError, command, first_line
-
 import itertools
 import os
 import re
@@ -14,6 +12,7 @@ import types
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from lab.console import ROOT, UserError, command, first_line
 from lab.settings import check, fields_of, setting, show_help, split_words
 
 

@@ -1,8 +1,6 @@
 """The whole notebook: the report and every run's entry, as one Markdown file that GitHub renders,
 and as one HTML page that holds its pictures."""
 
-from lab.console import UserError, progress, python
-
 import base64
 import itertools
 import mimetypes
@@ -12,6 +10,7 @@ import unicodedata
 from collections import Counter
 from urllib.parse import quote, unquote_to_bytes
 
+from lab.console import UserError, progress, python
 from lab.files import read_bytes, write_text
 from lab.notebook import HEADING, INVITATION, Run, divide
 

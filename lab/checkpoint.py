@@ -4,14 +4,13 @@ They hold tensors, dicts, lists, strings and numbers only. out/NAME/last.pt is a
 needs, prev.pt the one before, best.pt the weights that evaluated best.
 """
 
-from lab.console import ROOT, UserError, command
-
 import contextlib
 import os
 import zipfile
 
 import torch
 
+from lab.console import ROOT, UserError, command
 from lab.files import read_lines, write_keeping, write_whole
 
 TO_SAMPLE = {"model", "model_args", "step"}

@@ -4,8 +4,6 @@ A data set is a folder data/NAME with {train,val,test}.bin, raw little-endian ui
 and meta.json, which says what they hold. prepare.py writes it.
 """
 
-from lab.console import UserError, command, first_line, python
-
 import hashlib
 import importlib.util
 import json
@@ -16,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from lab.console import UserError, command, first_line, python
 
 VOCAB_SIZE = 50257  # GPT-2's
 HUB_CONFIGS = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}

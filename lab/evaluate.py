@@ -1,12 +1,11 @@
 """The loss over a whole split, and the figures that follow from it."""
 
-from lab.console import progress
-
 import math
 
 import numpy as np
 import torch
 
+from lab.console import progress
 from lab.notebook import perplexity
 
 

@@ -1,7 +1,5 @@
 """Files: written whole, read line by line, and a folder's one owner."""
 
-from lab.console import UserError, warn
-
 import contextlib
 import errno
 import fcntl
@@ -10,6 +8,8 @@ import os
 import shutil
 import socket
 import time
+
+from lab.console import UserError, warn
 
 
 def write_whole(path, write):

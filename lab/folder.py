@@ -1,7 +1,5 @@
 """A run's folder: what the run writes there, by rank 0, and what it goes on from."""
 
-from lab.console import UserError, python, warn
-
 import json
 import math
 import os
@@ -12,6 +10,7 @@ import time
 import torch
 
 from lab import checkpoint, files
+from lab.console import UserError, python, warn
 from lab.notebook import write_entry
 from lab.optimizer import warmup_of
 

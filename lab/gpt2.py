@@ -5,8 +5,6 @@ The block gpt2 computes what theirs does. The names differ, and their matrices (
 the other way round.
 """
 
-from lab.console import UserError, first_line
-
 import json
 import os
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lab import checkpoint
+from lab.console import UserError, first_line
 from lab.data import VOCAB_SIZE
 from lab.files import write_text, write_whole
 from lab.sources import no_hub

@@ -1,10 +1,10 @@
 """CUDA graphs: work that is recorded once, and from then on launched as one."""
 
-from lab.console import first_line, warn
-
 import contextlib
 
 import torch
+
+from lab.console import first_line, warn
 
 WARM_UP = 3  # times that work is done before it is recorded: compilation, allocations, libraries
 

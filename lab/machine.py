@@ -1,7 +1,5 @@
 """Where a process runs: its device, the dtype of its matmuls, its place among the ranks."""
 
-from lab.console import UserError, cpu_cores, first_line, torchrun
-
 import contextlib
 import os
 import platform
@@ -17,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lab.console import UserError, cpu_cores, first_line, torchrun
 from lab.dtype import choose_dtype
 
 

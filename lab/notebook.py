@@ -5,8 +5,6 @@ notebook.md has two parts. The program writes the first anew each time; the seco
 `## Conclusion` on, is the user's. A comment between them, the mark, tells them apart.
 """
 
-from lab.console import warn
-
 import codecs
 import hashlib
 import json
@@ -15,6 +13,7 @@ import os
 import re
 import warnings
 
+from lab.console import warn
 from lab.files import read_bytes, read_json, read_lines, write_whole
 
 MARK = "<!-- all above is written by the program, all below by you; sha256 {} -->"

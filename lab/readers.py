@@ -4,8 +4,6 @@ A row is a line of a text file, or a row of .jsonl or .parquet. Where documents 
 text file is one document, and a long one comes in several blocks.
 """
 
-from lab.console import UserError, first_line, python
-
 import codecs
 import contextlib
 import gzip
@@ -18,6 +16,8 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from lab.console import UserError, first_line, python
 
 BLOCK = 1 << 20  # bytes of text that are read, encoded and written at a time
 KINDS = {

@@ -1,12 +1,12 @@
 """The command line, made from a dataclass: every command's options, their checks and --help."""
 
-from lab.console import UserError
-
 import ast
 import dataclasses
 import difflib
 import os
 import sys
+
+from lab.console import UserError
 
 WORDS = {
     "true": True, "yes": True, "on": True, "1": True,

@@ -1,8 +1,6 @@
 """Where text comes from: a folder, a file, a zip, the Hugging Face hub, or Python's own
 documentation."""
 
-from lab.console import UserError, first_line
-
 import codecs
 import errno
 import os
@@ -13,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab.console import UserError, first_line
 from lab.divide import divide_rows, divide_texts
 from lab.readers import KINDS, Block, File, guess_encoding, read_all, read_text, size_of, texts_of
 

@@ -1,7 +1,5 @@
 """One optimizer step: batch, loss, gradients, clipping, update; eager, or as a CUDA graph."""
 
-from lab.console import first_line
-
 import contextlib
 import math
 import time
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lab.console import first_line
 from lab.graph import Recorder
 from lab.optimizer import lr_at, make_optimizers
 

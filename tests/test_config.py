@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import dataclasses
 from pathlib import Path
 
@@ -8,6 +6,7 @@ from helpers import ROOT
 
 from config import Config, load_config
 from config.__main__ import page
+from lab.console import UserError
 
 
 def problems(tmp_path, text, *words):

@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import json
 import os
 from pathlib import Path
@@ -8,6 +6,7 @@ import pytest
 
 import train
 from lab.checkpoint import load
+from lab.console import UserError
 from lab.dtype import has_bfloat16
 
 AUTO = ("tiny.py", "--dtype", "auto", "--max_steps", "8")

@@ -1,7 +1,5 @@
 """The scripts in docs/experiments, on a tiny data set."""
 
-from lab.console import UserError
-
 import shutil
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from helpers import load_tokens, make_dataset, metrics
 import train
 from docs.experiments import collect, datasets, draw
 from lab.checkpoint import load
+from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
 from lab.notebook import Run
 from model import LanguageModel

@@ -1,8 +1,6 @@
 """What goes wrong, on purpose: bad input, damaged checkpoints, full disks, kills, numbers that
 are none, lost ranks."""
 
-from lab.console import UserError
-
 import contextlib
 import copy
 import os
@@ -35,6 +33,7 @@ import train
 from lab import checkpoint
 from lab.checkpoint import load as load_checkpoint
 from lab.checkpoint import newest
+from lab.console import UserError
 
 
 @pytest.fixture

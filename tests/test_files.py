@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import errno
 import os
 import signal
@@ -11,6 +9,7 @@ import pytest
 from helpers import ROOT
 
 from lab import files
+from lab.console import UserError
 from lab.files import Lock
 
 

@@ -1,7 +1,5 @@
 """GPT-2's weights, in and out, and runs that begin with another's; against transformers' own."""
 
-from lab.console import UserError
-
 import contextlib
 import http.server
 import json
@@ -30,6 +28,7 @@ import sample
 import train
 from lab import gpt2
 from lab.checkpoint import load, save
+from lab.console import UserError
 from lab.data import Batches, Dataset
 from lab.evaluate import evaluate
 from model import LanguageModel

@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import math
 
 import pytest
@@ -11,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import load_config
 from lab.checkpoint import load as load_checkpoint
 from lab.checkpoint import save as save_checkpoint
+from lab.console import UserError
 from lab.kernels import rms_norm
 from model import LanguageModel
 from plan import new_model

@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import html
 import json
 import re
@@ -13,6 +11,7 @@ import train
 from config import Config
 from lab import notebook
 from lab.book import headings, new_parser
+from lab.console import UserError
 from lab.notebook import INVITATION, write_entry
 
 MINE = b"## Conclusion\r\n\r\nIt learns.  \r\n\xff caf\xe9\n\n```\n## Conclusion\n# not closed \t"

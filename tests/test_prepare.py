@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import contextlib
 import errno
 import hashlib
@@ -22,6 +20,7 @@ from helpers import ROOT, load_tokens
 
 import prepare
 from lab import readers
+from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
 from lab.files import Lock
 from prepare import encode_rows

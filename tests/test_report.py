@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import csv
 import io
 import json
@@ -16,6 +14,7 @@ from helpers import MODERN, RANKS, before_each_pass, make_dataset, metrics, same
 import report
 import train
 from lab import folder, notebook
+from lab.console import UserError
 from lab.files import read_lines
 from lab.notebook import Run, entry
 from report import fit, rows_of

@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import io
 import json
 import os
@@ -14,6 +12,7 @@ from helpers import ROOT, assert_near, near
 
 import sample
 from lab.checkpoint import save as save_checkpoint
+from lab.console import UserError
 from lab.data import load_tokenizer
 from lab.generate import Sampling, choose, generate
 from model import LanguageModel

@@ -1,7 +1,5 @@
 """What is read, of the many ways in which people keep text; tokens depend on the text alone."""
 
-from lab.console import UserError
-
 import functools
 import gzip
 import json
@@ -18,6 +16,7 @@ from helpers import ROOT, load_tokens
 
 import prepare
 from lab import encode, readers, sources
+from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
 
 END = 50256

@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import json
 import math
 import os
@@ -19,6 +17,7 @@ import report
 import sample
 import sweep
 from lab import grid
+from lab.console import UserError
 from lab.grid import Trial, difference, groups_of, is_within_spread, sentences
 
 SHORT = ["--max_steps", "6"]

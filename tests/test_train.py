@@ -1,5 +1,3 @@
-from lab.console import UserError
-
 import dataclasses
 import itertools
 import math
@@ -41,6 +39,7 @@ import report
 import train
 from config import load_config
 from lab.checkpoint import load as load_checkpoint
+from lab.console import UserError
 from lab.data import Batches
 from lab.files import Lock
 from lab.machine import Ranks, ranks_of

@@ -7,14 +7,13 @@ evaluations and at most 200 lines of training, each the mean over the lines that
 --weights adds best.pt with its weights in bfloat16, which sample.py reads.
 """
 
-from lab.console import UserError, run
-
 import json
 import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.console import UserError, run
 from lab.files import read_lines, write_text
 from lab.settings import command_line, setting
 

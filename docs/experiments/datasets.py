@@ -10,8 +10,6 @@ training ids the first 105,000,000 are trained on, in both data sets:
 - wikipedia: validation is WikiText's. Only what was chosen is measured on it.
 """
 
-from lab.console import UserError, run
-
 import codecs
 import hashlib
 import json
@@ -19,6 +17,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.console import UserError, run
 from lab.data import Dataset, load_tokenizer
 from lab.encode import count_words
 from lab.files import write_text, write_whole
