@@ -26,7 +26,7 @@ from lab.dtype import has_bfloat16
 from lab.machine import open_machine
 from lab.settings import setting
 from lab.trainer import Trainer
-from plan import new_model
+from lab.weights import new_model
 
 WARM_UP = 3  # steps that are not counted: compilation, allocations, caches
 PEER_VOCAB = 50304  # what nanoGPT pads GPT-2's vocabulary to

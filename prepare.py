@@ -27,7 +27,7 @@ from pathlib import Path
 from lab.console import UserError, command, cpu_cores, first_line, progress, run
 from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, load_tokenizer
 from lab.encode import encode_rows
-from lab.files import Lock
+from lab.folder import Lock
 from lab.readers import BLOCK, Reading
 from lab.settings import command_line, setting
 from lab.sources import SPLITS, demo_source, hub_revision, hub_source, path_source

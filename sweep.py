@@ -23,13 +23,12 @@ import torch
 import report
 from config import Config, load_grid
 from lab.console import ROOT, UserError, command, cpu_cores, progress, run, stop_signals
-from lab.data import Dataset
+from lab.data import Dataset, batches_of
 from lab.dtype import choose_dtype
-from lab.files import Lock, read_json, write_text
+from lab.folder import Lock, read_json, write_text
 from lab.grid import Trial, label
 from lab.machine import Machine, choose_device, ranks_of
 from lab.settings import fields_of, setting, split_words, types_of
-from plan import batches_of
 
 # settings that are the sweep's own, or that it gives to its runs itself
 OWN = "out_dir", "resume", "dry_run", "jobs", "print"

@@ -5,9 +5,10 @@
 
 A run is a pure function of its config. Batch i follows from (seed, i), the learning rate from the
 step, dropout from (seed, step, rank). Ranks and micro-batches only slice a batch. So the number of
-processes changes the speed and nothing else, and a resumed run is the same run.
+processes changes the speed and nothing else, and a resumed run equals an uninterrupted one.
 """
 
+import math
 import os
 import sys
 import time
@@ -15,20 +16,21 @@ import time
 import torch
 
 from config import load_config
-from lab import checkpoint
 from lab.console import UserError, command, progress, run, stop_signals
-from lab.data import Dataset, load_tokenizer
+from lab.data import Dataset, batches_of, load_tokenizer
 from lab.evaluate import evaluate, figures_text
-from lab.folder import Folder, describe
+from lab.folder import Folder, load_checkpoint
 from lab.generate import continue_texts
 from lab.machine import open_machine
-from lab.notebook import perplexity, verdict
+from lab.notebook import chinchilla, perplexity, verdict, write_entry
+from lab.optimizer import warmup_of
 from lab.state import State
 from lab.trainer import Trainer, micro_batch_size
+from lab.weights import build_model, open_for, settle, settle_dtype, with_context
 from model import LanguageModel
-from plan import batches_of, build_model, load_model, plan_text, starting_weights
 
 SAMPLE_TOKENS = 60  # of each prompt's continuation, for the notebook
+NOT_FINITE = "the loss is not finite"
 
 
 def main(argv=None):
@@ -49,21 +51,20 @@ def resume_command(argv, machine):
     return command("train.py", *words, "--resume", processes=processes)
 
 
-def train(config, machine, folder, stop, again):
+def train(config, machine, folder, stop, resume_command):
     """Run a config to its end or to a signal. Returns the process's exit code.
 
-    stop: a list that is empty until a signal comes. again: the command that resumes. Raises
-    UserError before the first step for whatever the user must mend.
+    stop: a list that is empty until a signal comes. Raises UserError before the first step for
+    whatever the user must fix.
     """
     # what is to be trained, and on what
     dataset = Dataset(config.dataset, config.data_dir)
     splits = {name: dataset.split(name) for name in dataset.counts}
-    weights = starting_weights(config, machine, dataset)
+    config, weights = settle(config, machine, dataset)
     batches, total_steps = batches_of(config, splits["train"])
-    sums = dataset.sums()
-    ours = ("data_dir", "out_dir", "device")  # may differ from rank to rank
-    settings = {k: v for k, v in config.plain().items() if k not in ours}
-    machine.agree(settings | {"data": sums})
+    hashes = dataset.hashes()
+    own = ("data_dir", "out_dir", "device")  # may differ from rank to rank
+    machine.agree({k: v for k, v in config.plain().items() if k not in own} | {"data": hashes})
 
     # the plan comes before anything that takes memory or writes
     with torch.device("meta"):
@@ -74,26 +75,70 @@ def train(config, machine, folder, stop, again):
     model = build_model(config, machine, planned, splits["train"].tokens)
     if weights:
         model.load_state_dict(weights)
-        del weights
 
     # what to go on from
-    found, finished = machine.from_rank_0(lambda: folder.open(config, sums, again))
+    checkpoint, finished = machine.from_rank_0(lambda: folder.open(config, hashes, resume_command))
     state = State(config, batches, total_steps)
-    if found:
-        state.load_state_dict(found["state"])
-        machine.keep_dtype(config, found)
-    config.dtype = str(machine.dtype)[6:]  # what the run leaves says which it was
+    if checkpoint:
+        state.load_state_dict(checkpoint["state"])
     over = state.why_over()
     if over and finished and not state.evaluation_is_due():
         machine.say(f"{folder.path} is finished: {over}; its best checkpoint is {folder.best}")
         return 0
     trainer = Trainer(config, machine, model, batches, total_steps)
-    if found:
-        trainer.load_state_dict(found)
-        del found  # or its copy of the weights would stay
-    about = describe(config, dataset, model, batches, total_steps)
-    folder.begin(state, about, config.tensorboard)
-    return Run(config, folder, stop, dataset, trainer, state).go(again)
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+    del checkpoint, weights  # or their copies of the weights would stay
+    folder.begin(state, describe(config, dataset, model, batches, total_steps))
+    return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
+
+
+def plan_text(config, machine, dataset, model, batches, total_steps):
+    """What is about to be trained, as text: the true counts, the data, Chinchilla's ratio, steps,
+    FLOPs, memory."""
+    n, flops, tokens = model.count(), model.flops_per_token(), len(batches.tokens)
+    step_tokens, run_tokens = batches.step_tokens, total_steps * batches.step_tokens
+    micro = micro_batch_size(config, model, machine)
+    memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
+    source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
+    lines = {
+        "run": f"{config.out_dir} on {machine}",
+        "weights": f"initialised {source}",
+        "parameters": f"{n['total']:,}: embeddings {n['embeddings']:,}, head bias "
+        f"{n['head_bias']:,}, blocks {n['blocks']:,}",
+        "data": f"{config.dataset}: {tokens:,} training tokens, "
+        f"{dataset.counts['val'].tokens:,} validation tokens",
+        "ratio": f"{tokens / n['total']:.2f} tokens per parameter in an epoch, "
+        f"{run_tokens / n['total']:.2f} in the run",
+        "": f"Chinchilla's is 20: {chinchilla(n['total'], tokens)}",
+        "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = "
+        f"{step_tokens:,} tokens, {batches.windows / config.batch_size:,.1f} per epoch, "
+        f"{warmup_of(config, total_steps)} of warm-up, in forward passes of {micro} sequences",
+        "compute": f"{flops:,} FLOPs per token, {flops * step_tokens:.3g} per step, "
+        f"{flops * run_tokens:.3g} in the run",
+        "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves",
+    }
+    return "\n".join(f"{name:10}  {line}" for name, line in lines.items())
+
+
+def describe(config, dataset, model, batches, total_steps):
+    """What the run is, a dict for run.json."""
+    return dict(
+        name=config.name,
+        doc=config.doc,
+        config=config.plain() | {"warmup_steps": warmup_of(config, total_steps)},
+        steps=total_steps,
+        step_tokens=batches.step_tokens,
+        parameters=model.count(),
+        flops_per_token=model.flops_per_token(),
+        vocab_size=dataset.vocab_size,
+        data=dict(
+            source=dataset.source["name"],
+            tokenizer=dataset.tokenizer,
+            separator=dataset.separator,
+            splits={split: vars(counts) for split, counts in dataset.counts.items()},
+        ),
+    )
 
 
 class Run:
@@ -109,25 +154,26 @@ class Run:
             state.total_steps, "training", initial=state.step, unit="step", disable=hidden
         )
 
-    def go(self, again):
+    def go(self, resume_command):
         """Train, and tell how it ended. Returns the process's exit code."""
         over = self.loop()
         self.bar.close()
-        if over == "no finite steps":
+        if over == NOT_FINITE:
             return self.give_up()
         self.save()
         final = self.last_figures() if over and self.state.best else {}
         if not over or final is None:
-            last = self.folder.last_is()
-            self.machine.say(f"stopped at step {self.state.step:,}, {last}; go on with: {again}")
+            step, last = self.state.step, self.folder.last_is()
+            self.machine.say(f"stopped at step {step:,}, {last}; resume with: {resume_command}")
             return 1
         self.tell_end(over, final)
         if not self.folder.finish(self.state, final):
             self.machine.say(
                 f"{self.folder.path} could not be written to the last: {self.folder.last_is()}; "
-                f"free some space, then: {again}"
+                f"free some space, then resume with: {resume_command}"
             )
             return 1
+        self.write_entry()
         return 0
 
     def loop(self):
@@ -138,19 +184,22 @@ class Run:
             # before a step: an evaluation may be due, and the run may be over
             if state.evaluation_is_due():
                 self.save()
-                if not self.evaluate():
+                loss = self.evaluate()
+                if loss is None:
                     return ""
+                if not math.isfinite(loss):
+                    return NOT_FINITE
             if over := state.why_over():
                 return over
 
             # one step
             began = time.perf_counter()
             lr = trainer.lr(state.step)
-            loss, norm = trainer.step(state.step)
-            state.pending.append((loss, norm))
+            state.pending.append(trainer.step(state.step))
             state.step += 1
             log_is_due = state.log_is_due()
             if log_is_due:
+                norm = state.pending[-1][1]
                 state.count(machine)  # waits for the device, so that the clock is true
             busy, steps = busy + time.perf_counter() - began, steps + 1
             self.bar.update()
@@ -170,7 +219,7 @@ class Run:
                 self.save()
             counted = log_is_due or save_is_due
             if counted and state.skipped_in_a_row >= trainer.patience():
-                return "no finite steps"
+                return NOT_FINITE
             if stopping:
                 return ""
 
@@ -186,9 +235,8 @@ class Run:
         self.state.count(self.machine)
 
         def contents():
-            state, data = self.state.state_dict(), self.dataset.sums()
-            rest = dict(self.trainer.state_dict(), state=state, data=data)
-            return self.contents() | rest
+            state, data = self.state.state_dict(), self.dataset.hashes()
+            return self.contents() | self.trainer.state_dict() | dict(state=state, data=data)
 
         self.folder.save(self.state, contents)
         self.state.saved_s = self.state.elapsed_s
@@ -206,6 +254,10 @@ class Run:
             device=self.machine.device.type,
         )
 
+    def write_entry(self):
+        """Write the run's entry in the notebook and its curve anew."""
+        self.folder.write("notebook.md", lambda: write_entry(self.folder.path))
+
     def figures_of(self, split):
         """evaluate() on a split; None if a signal came."""
         return evaluate(
@@ -217,28 +269,32 @@ class Run:
         )
 
     def evaluate(self):
-        """Evaluate, and write down what came of it. Returns whether it came to its end."""
-        figures = self.figures_of("val")
-        if figures is None:
-            return False
-        state, folder, whole = self.state, self.folder, figures
+        """Evaluate, and write down what came of it. Returns the loss, None if a signal came."""
+        whole = self.figures_of("val")
+        if whole is None:
+            return None
+        state, folder = self.state, self.folder
         kept = ("loss", "stderr", "ppl", "ppl_word", "bits_per_byte")
-        figures = {f"val_{name}": figures[name] for name in kept}
-        train_loss, better = state.evaluated(figures)
-        written = better and folder.save_best(lambda: self.contents() | {"metrics": figures})
-        if written:  # the best is what best.pt holds
-            state.best = dict(step=state.step, **figures)
+        figures = {f"val_{name}": whole[name] for name in kept}
+
+        # the best is what best.pt holds
+        contents = lambda: self.contents() | {"metrics": figures}  # noqa: E731
+        best = state.is_best(whole["loss"]) and folder.save_best(contents)
+        train_loss = state.evaluated(figures, best)
+        if best:
             self.best_figures = whole
-        samples = self.samples() if better else {}
-        folder.log(state, train_loss=train_loss, **figures, best=better, **samples)
+        samples = self.samples() if best else {}
+        folder.log(state, train_loss=train_loss, **figures, best=best, **samples)
+
+        # what the user sees of it
         self.bar.clear()
         self.machine.say(
             f"epoch {state.epoch:.4g} | step {state.step:,} | train loss {train_loss:.4f} | "
             f"val loss {figures['val_loss']:.4f} | val perplexity {perplexity(figures['val_ppl'])}"
-            + (f" | best so far, saved to {folder.best}" if written else "")
+            + (f" | best so far, saved to {folder.best}" if best else "")
         )
-        folder.write_entry()
-        return True
+        self.write_entry()
+        return whole["loss"]
 
     def samples(self):
         """{"samples": [[prompt, continuation]]} of sample_prompts, on rank 0."""
@@ -256,16 +312,17 @@ class Run:
 
     def last_figures(self):
         """{split: figures} of the best checkpoint on validation and test; None if a signal came."""
-        best = self.machine.from_rank_0(lambda: checkpoint.load(self.folder.best))
+        best = self.machine.from_rank_0(lambda: load_checkpoint(self.folder.best))
         self.trainer.model.load_state_dict(best["model"])
-        found = {}
+        final = {}
         for split in self.dataset.counts:
-            if split != "train":
-                known = self.best_figures if split == "val" else None
-                found[split] = known or self.figures_of(split)
-                if found[split] is None:
-                    return None
-        return found
+            if split == "train":
+                continue
+            known = self.best_figures if split == "val" else None
+            final[split] = known or self.figures_of(split)
+            if final[split] is None:
+                return None
+        return final
 
     def tell_end(self, over, final):
         """Print how the run ended."""
@@ -285,15 +342,19 @@ class Run:
             met = verdict(config.expected_ppl, state.best["val_ppl"])
             say(f"expected {low:g} to {high:g}: {met}")
         if config.recorded_ppl:
-            say(f"the notebook recorded {perplexity(config.recorded_ppl)}")
+            say(f"the original notebook recorded {perplexity(config.recorded_ppl)}")
 
     def give_up(self):
-        """Say that too many steps had to be skipped. Returns the exit code."""
+        """Say that the run cannot go on, since its loss is not finite. Returns the exit code."""
+        skipped, what = self.state.skipped_in_a_row, "the validation loss is not finite"
+        if skipped >= self.trainer.patience():
+            what = (
+                f"{skipped} steps in a row had no finite loss or gradient, and none of them "
+                "changed the weights"
+            )
         self.machine.say(
-            f"error: {self.state.skipped_in_a_row} steps in a row, the last at "
-            f"{self.state.step:,}, had no finite loss or gradient, and none of them changed the "
-            "weights; try a lower --learning_rate, a longer --warmup_steps or --dtype float32, "
-            "with another --out_dir",
+            f"error: at step {self.state.step:,} {what}; try a lower --learning_rate, a longer "
+            "--warmup_steps or --dtype float32, with another --out_dir",
             file=sys.stderr,
         )
         return 1
@@ -307,15 +368,23 @@ def eval_only(config, machine):
         path = config.init_from
     dataset = Dataset(config.dataset, config.data_dir)
     split = dataset.split(config.split)
-    model, found = load_model(path, dataset)
-    context = model.args["max_seq_len"]
+
+    # the weights, with the context that is asked for, in the dtype that they were evaluated in
+    checkpoint = open_for(dataset, path)
+    args = checkpoint["model_args"]
+    context = config.max_seq_len if "max_seq_len" in config.named else args["max_seq_len"]
+    model = LanguageModel.from_checkpoint(with_context(checkpoint, context)).to(machine.device)
+    config = config.changed(**{name: args[name] for name in ("d_model", "d_ff")})
+    old = checkpoint.get("config", {}).get("dtype")
+    config = settle_dtype(config, machine, old, checkpoint.get("device"))
+
     if config.eval_stride > context:
         raise UserError(
-            f"eval_stride {config.eval_stride} leaves tokens out: the context is {context}"
+            f"eval_stride {config.eval_stride} leaves tokens out: the context is {context}; use "
+            "at most that"
         )
-    model.to(machine.device)
     micro = micro_batch_size(config, model, machine)
-    machine.say(f"{path}, step {found['step']:,}, on {machine}")
+    machine.say(f"{path}, step {checkpoint['step']:,}, on {machine}")
     for stride in (0, config.eval_stride) if config.eval_stride else (0,):
         figures = evaluate(model, split, machine, micro, stride)
         machine.say(figures_text(config.split, figures, dataset.separator))

@@ -169,6 +169,14 @@ class Config:
         names = "max_seq_len d_model num_heads d_ff num_layers dropout block head_bias".split()
         return dict(vocab_size=vocab_size) | {name: getattr(self, name) for name in names}
 
+    def changed(self, **values):
+        """A copy with these values."""
+        import copy
+
+        other = copy.copy(self)
+        vars(other).update(values)
+        return other
+
     def take_shape(self, args):
         """Take the shape of other weights, their model's arguments, for all that nobody named.
         Returns {name: theirs} of what was named otherwise."""

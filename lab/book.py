@@ -11,7 +11,7 @@ from collections import Counter
 from urllib.parse import quote, unquote_to_bytes
 
 from lab.console import UserError, progress, python
-from lab.files import read_bytes, write_text
+from lab.folder import read_bytes, write_text
 from lab.notebook import HEADING, INVITATION, Run, divide
 
 FOLDER = "out"  # where the notebook goes, and where its links start from

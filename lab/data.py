@@ -53,59 +53,56 @@ class Dataset:
 
     def __init__(self, name, data_dir="data"):
         self.name, self.folder = name, Path(data_dir, name)
-        self.mend = prepare_command(name, data_dir)
+        self.fix = prepare_command(name, data_dir)
         self.splits = {}
         path = self.folder / "meta.json"
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            self.vocab_size, self.tokenizer = meta["vocab_size"], meta["tokenizer"]
-            self.separator, self.source = meta["separator"], meta["source"]
-            self.counts = {split: Counts(**found) for split, found in meta["splits"].items()}
-            damaged = not {"train", "val"} <= self.counts.keys()
-        except FileNotFoundError:
+        if not path.exists():
             if (self.folder / "train.bin").exists():
                 raise UserError(
                     f"{self.folder} holds token files without a meta.json, another program's, such "
                     "as nanoGPT's; prepare the text anew under another name"
-                ) from None
-            raise UserError(
-                f"data set {name} is not prepared in {data_dir}/; run `{self.mend}`"
-            ) from None
+                )
+            raise UserError(f"data set {name} is not prepared in {data_dir}/; run `{self.fix}`")
+        try:
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+            self.vocab_size, self.tokenizer = metadata["vocab_size"], metadata["tokenizer"]
+            self.separator, self.source = metadata["separator"], metadata["source"]
+            self.counts = {split: Counts(**c) for split, c in metadata["splits"].items()}
+            _ = self.counts["train"], self.counts["val"]
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
-            damaged = True
-        if damaged:
-            raise UserError(f"{path} is damaged; run `{self.mend} --force`")
+            raise UserError(f"{path} is damaged; run `{self.fix} --force`") from None
 
-    def sums(self):
+    def hashes(self):
         """{split: SHA-256} of what a run learns from and is measured by."""
         return {split: self.counts[split].sha256 for split in ("train", "val")}
 
     def split(self, name):
         """A Split whose file is the one that meta.json describes. Raises UserError."""
-        if name not in self.splits:  # a file is read, and its sum taken, once
+        if name not in self.splits:  # a file is read, and its SHA-256 taken, once
             self.splits[name] = self.read(name)
         return self.splits[name]
 
     def read(self, name):
         """split(), from the disk."""
         if name not in self.counts:
-            raise UserError(f"data set {self.name} has no {name} split; its source had none")
-        counts, path = self.counts[name], self.folder / f"{name}.bin"
-        mend = f"run `{self.mend} --force`"
-        size = path.stat().st_size if path.is_file() else 0
-        if size != 2 * counts.tokens or not size:
             raise UserError(
-                f"{path} has {size:,} bytes where meta.json says {2 * counts.tokens:,}; {mend}"
+                f"data set {self.name} has no {name} split; name another --split, or prepare a "
+                "text that has one"
             )
+        counts, path = self.counts[name], self.folder / f"{name}.bin"
         if counts.tokens < 2:
             raise UserError(
                 f"{path} holds one token, nothing to predict; prepare a text with more in its "
                 f"{name} split"
             )
-        tokens = np.memmap(path, dtype="<u2", mode="c")  # as torch wants it: a copy on a write
-        if hashlib.sha256(tokens).hexdigest() != counts.sha256:
+        is_whole = path.is_file() and path.stat().st_size == 2 * counts.tokens
+        if is_whole:
+            tokens = np.memmap(path, dtype="<u2", mode="c")  # as torch wants it: a copy on a write
+            is_whole = hashlib.sha256(tokens).hexdigest() == counts.sha256
+        if not is_whole:
             raise UserError(
-                f"{path} is not the file that meta.json describes (another SHA-256); {mend}"
+                f"{path} is not the file that meta.json describes (another size or SHA-256); run "
+                f"`{self.fix} --force`"
             )
         return Split(tokens, counts.words, counts.bytes)
 
@@ -191,3 +188,17 @@ class Batches:
     def epoch_end(self, epoch):
         """How many steps it takes until `epoch` epochs are whole."""
         return math.ceil(epoch * self.windows / self.batch_size)
+
+
+def batches_of(config, train):
+    """(a run's Batches, its number of steps). train: the Split. Raises UserError if it does not
+    fill one window."""
+    tokens, context = train.tokens, config.max_seq_len
+    if len(tokens) <= context:
+        raise UserError(
+            f"{config.dataset} has {len(tokens):,} training tokens, not one window of {context}; "
+            "prepare more text, or use a smaller --max_seq_len"
+        )
+    batches = Batches(tokens, context, config.batch_size, config.seed)
+    steps = batches.epoch_end(config.epochs)
+    return batches, min(steps, config.max_steps) if config.max_steps else steps

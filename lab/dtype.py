@@ -8,7 +8,7 @@ import time
 import torch
 
 from lab.data import VOCAB_SIZE
-from lab.files import read_json, write_text
+from lab.folder import read_json, write_text
 from lab.kernels import causal_attention
 
 ROWS = 192  # tokens whose work is measured

@@ -1,25 +1,255 @@
-"""A run's folder: what the run writes there, by rank 0, and what it goes on from."""
+"""A run's folder: what the run writes there, by rank 0, and what it goes on from.
 
+out/NAME/last.pt is all that a restart needs, prev.pt the checkpoint before, best.pt the weights
+that evaluated best. Checkpoints hold tensors, dicts, lists, strings and numbers only, and reading
+one executes nothing. torch is imported where one is read or written: report.py needs none.
+"""
+
+import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
 import platform
+import shutil
+import socket
 import subprocess
 import time
+import zipfile
+from importlib.metadata import version
 
-import torch
+from lab.console import ROOT, UserError, command, warn
 
-from lab import checkpoint, files
-from lab.console import UserError, python, warn
-from lab.notebook import write_entry
-from lab.optimizer import warmup_of
+# --- files that are whole at every moment
+
+
+def write_whole(path, write):
+    """Call write(file) on a new binary file, bring it to the disk and rename it to `path`, so that
+    path is whole at every moment. Raises OSError, a full disk's for instance, and then leaves path
+    as it was."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+    os.replace(part, path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        os.fsync(folder)  # or a power cut may take the new name away
+    os.close(folder)
+
+
+def write_text(path, text):
+    """Write a text file whole, in UTF-8; what is no text in it becomes "?". Raises OSError."""
+    write_whole(path, lambda file: file.write(text.encode(errors="replace")))
+
+
+def read_bytes(path):
+    """A file's bytes, b"" without a file. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def read_json(path):
+    """A JSON file's dict; {} where there is none or it is torn."""
+    try:
+        values = json.loads(read_bytes(path))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def append_json(path, values):
+    """Add a dict as a line to a file, whole or not at all. Raises OSError."""
+    line = json.dumps(values).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_lines(path):
+    """The dicts with a step in a file of JSON lines. A line that a kill has torn is left out. []
+    without a file."""
+    values = []
+    for line in read_bytes(path).splitlines():
+        with contextlib.suppress(ValueError):
+            values.append(json.loads(line))
+    return [v for v in values if isinstance(v, dict) and isinstance(v.get("step"), int)]
+
+
+class Lock:
+    """One process's hold on a folder, by flock on a file that stays there: the kernel frees it when
+    the process ends, however it ends. Leaving a `with` frees it too."""
+
+    def __init__(self):
+        self.descriptor = None
+        self.owned = False
+
+    def take(self, path, folder, fix, seconds=0):
+        """Take the lock at `path`, waiting up to so many seconds. Raises UserError, which names
+        `folder`, its owner and `fix`, if another process has it; OSError if path is not to be had.
+        Where the file system has no locks, a warning, and it counts as taken."""
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        end = time.monotonic() + seconds
+        while not self.owned:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    owner = os.pread(self.descriptor, 1000, 0).decode(errors="replace").strip()
+                    raise UserError(
+                        f"{folder} is in use by {owner or 'another process'}; {fix}"
+                    ) from None
+                time.sleep(0.05)
+                continue
+            except OSError as error:
+                warn(f"no locks here ({error.strerror}); let no other process write into {folder}")
+            self.owned = True
+        self.sign()
+
+    def sign(self):
+        """Write who the owner is into the lock's file. On a full disk the lock holds without."""
+        owner = f"process {os.getpid()} on {socket.gethostname()}\n"
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, owner.encode(), 0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+        self.descriptor, self.owned = None, False
+
+
+# --- checkpoints
+
+TO_SAMPLE = {"model", "model_args", "step"}
+TO_RESUME = TO_SAMPLE | {"optimizers", "scaler", "state", "config", "data"}
+
+
+def save_checkpoint(checkpoint, path, kept=None):
+    """Write a checkpoint, a dict, whole. kept: a path that gets what was at `path`, so that both
+    are whole at every moment and hold two different states. Raises OSError, and then leaves both
+    as they were."""
+    import torch
+
+    def write(file):
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # what torch makes of a write that fails
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    old = f"{kept}.part"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(old)  # a killed process's
+    if kept and os.path.exists(path):
+        try:
+            os.link(path, old)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, old)
+    try:
+        write_whole(path, write)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(old)
+        raise
+    if os.path.exists(old):
+        os.replace(old, kept)
+
+
+def load_checkpoint(path, needed=TO_SAMPLE):
+    """A checkpoint's dict with the keys `needed`, its tensors on the CPU. Raises NotValid if its
+    checksums or its format are wrong, UserError if it cannot be read. Too little memory passes
+    through as torch's own error."""
+    import torch
+
+    checkpoint = None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_whole = archive.testzip() is None  # torch checks no checksums
+        if is_whole:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        make = command("train.py", ROOT / "config/demo.py")
+        raise UserError(f"there is no checkpoint {path}; `{make}` makes one") from None
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}; fix that") from None
+    except Exception as error:  # torn or another program's: as many exceptions as ways to be so
+        if is_out_of_memory(error):
+            raise
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise NotValid(f"{path} is not a valid checkpoint of this program; name another")
+    return checkpoint
+
+
+class NotValid(UserError):
+    """A checkpoint is damaged, or another program's."""
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory is full; torch's allocators raise RuntimeError."""
+    words = "out of memory", "allocate memory", "alloc_cpu"
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def newest_checkpoint(folder):
+    """(checkpoint, path) of the newest valid checkpoint in a run's folder, (None, None) where there
+    is none. A damaged last.pt is put aside, with a warning, and prev.pt taken. Raises UserError if
+    there are checkpoints and none is valid; OSError."""
+    last, prev = f"{folder}/last.pt", f"{folder}/prev.pt"
+    damaged = []
+    for path in filter(os.path.lexists, (last, prev)):
+        try:
+            checkpoint = load_checkpoint(path, TO_RESUME)
+        except NotValid:
+            damaged.append(path)
+            continue
+        if damaged:
+            os.replace(last, f"{last}.damaged")  # or the next save would make it prev.pt
+            steps = [line["step"] for line in read_lines(f"{folder}/metrics.jsonl")]
+            lost = max(0, max(steps, default=0) - checkpoint["step"])
+            warn(
+                f"{last} is damaged and now {last}.damaged; going back to {path}, which costs "
+                f"{lost:,} of the steps in metrics.jsonl"
+            )
+        return checkpoint, path
+    if damaged:
+        raise UserError(
+            f"{' and '.join(damaged)}: not a valid checkpoint of this program; bring one back from "
+            "a copy, or begin anew with another --out_dir"
+        )
+    return None, None
+
+
+def metadata_of(folder):
+    """run.json of a run that has a checkpoint to go on from, a dict; else {}."""
+    has_one = any(os.path.exists(f"{folder}/{name}.pt") for name in ("last", "prev"))
+    return read_json(f"{folder}/run.json") if has_one else {}
+
+
+# --- the folder of one run
 
 
 class Folder:
     """The folder of one run, and its owner's hold on it.
 
-    Rank 0 writes; the other ranks call the same methods, which do nothing there. A full disk costs
-    what cannot be written and not the run: what was whole stays whole.
+    Rank 0 writes; on the other ranks the same methods do nothing. What cannot be written, on a full
+    disk for instance, costs one warning and not the run: what was whole stays whole.
     """
 
     def __init__(self, path, machine):
@@ -27,100 +257,84 @@ class Folder:
         self.last, self.prev, self.best = (f"{path}/{name}.pt" for name in ("last", "prev", "best"))
         self.final, self.metrics = f"{path}/final.json", f"{path}/metrics.jsonl"
         self.saved = 0, 0  # the step, and the last evaluation's step, that last.pt holds
-        self.lock, self.board = files.Lock(), None
+        self.lock = Lock()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.lock.release()
+        self.lock.__exit__()
 
-    # --- what a run goes on from
-
-    def open(self, config, data, again):
+    def open(self, config, hashes, resume_command):
         """Own the folder, on rank 0, and find what the run goes on from.
 
-        data: {split: SHA-256}. again: the command that resumes. Returns (a checkpoint or None,
-        whether its last figures are written). Raises UserError.
+        hashes: {split: SHA-256}. Returns (a checkpoint or None, whether the run's last figures are
+        written). Raises UserError.
         """
-        goes_on = config.resume or restarted()
         try:
             os.makedirs(self.path, exist_ok=True)
-            # after a restart the dead rank may still be on its way out
-            mend, seconds = "wait for it, or choose another --out_dir", 10 if restarted() else 0
-            self.lock.take(f"{self.path}/.lock", self.path, mend, seconds)
-            if not goes_on:
-                self.refuse_taken(config, data, again)
-            found, path, warning = checkpoint.newest(self.path)
-            if warning:
-                warn(warning)
-            if found and (changed := differences(config, data, found)):
+            fix = "wait for it, or choose another --out_dir"
+            self.lock.take(f"{self.path}/.lock", self.path, fix)
+            taken = any(map(os.path.exists, (self.last, self.prev, self.best, self.metrics)))
+            if taken and not config.resume:
+                raise UserError(
+                    f"{self.path} holds a run already; resume with: {resume_command}, or begin "
+                    "another with --out_dir DIR"
+                )
+            checkpoint, path = newest_checkpoint(self.path)
+            if checkpoint and (changed := differences(config, hashes, checkpoint)):
                 raise UserError(
                     f"{path} is of another experiment: {changed}; bring that back, or choose "
                     "another --out_dir"
                 )
-            self.keep_metrics(found["state"] if found else dict(step=0, evaluated_step=0))
+            self.keep_metrics(checkpoint["state"] if checkpoint else {})
         except OSError as error:
-            raise UserError(
-                f"cannot write into {self.path}: {error.strerror}; mend that, or use another "
-                "--out_dir"
-            ) from None
-        if found:
-            self.machine.say(f"going on from {path}, step {found['step']:,}")
-        elif goes_on:
+            raise self.unusable(error) from None
+        if checkpoint:
+            self.machine.say(f"going on from {path}, step {checkpoint['step']:,}")
+        elif config.resume:
             self.machine.say(f"no checkpoint in {self.path} yet; beginning at step 0")
-        return found, os.path.exists(self.final)
+        return checkpoint, os.path.exists(self.final)
 
-    def refuse_taken(self, config, data, again):
-        """Raise UserError if the folder holds a run, with what goes on from there: the run itself,
-        or another folder."""
-        if not any(map(os.path.exists, (self.last, self.prev, self.best, self.metrics))):
-            return
-        try:
-            changed = differences(config, data, checkpoint.load(self.last, checkpoint.TO_RESUME))
-        except UserError:
-            changed = ""  # --resume says what is damaged
-        if changed:
-            raise UserError(
-                f"{self.path} holds another experiment: {changed}; choose another --out_dir for "
-                "this one"
-            )
-        raise UserError(
-            f"{self.path} holds a run already; `{again}` continues it, --out_dir DIR makes another"
+    def unusable(self, error):
+        """The UserError for a folder in which something cannot be read or written."""
+        what = error.filename or self.path
+        return UserError(
+            f"cannot use {self.path} ({what}: {error.strerror}); fix that, or use another --out_dir"
         )
 
     def keep_metrics(self, state):
         """Drop the lines of metrics.jsonl that a resumed run will write again, those past its
         checkpoint, and torn ones."""
-        if not os.path.exists(self.metrics):
-            return
         kept = []
-        for line in files.read_lines(self.metrics):
-            reached = state["evaluated_step" if "val_loss" in line else "step"]
+        for line in read_lines(self.metrics):
+            reached = state.get("evaluated_step" if "val_loss" in line else "step", 0)
             if line["step"] <= reached:
                 kept.append(json.dumps(line) + "\n")
-        with open(self.metrics, encoding="utf-8", errors="replace") as file:
-            changed = file.read() != "".join(kept)
-        if changed:
-            files.write_text(self.metrics, "".join(kept))
+        text = "".join(kept)
+        if text.encode() != read_bytes(self.metrics):
+            write_text(self.metrics, text)
 
-    # --- what it writes
+    # --- what the run writes
 
-    def begin(self, state, about, tensorboard):
-        """Write run.json, from the dict `about`; from here on the run has not ended."""
+    def begin(self, state, metadata):
+        """Write run.json, on rank 0; from here on the run has not ended. Raises UserError."""
         self.saved = state.step, state.evaluated_step
-        if self.machine.rank > 0:
-            return
-        self.board = board(self.path) if tensorboard else None
-        if os.path.exists(self.final):
-            os.remove(self.final)
         path = f"{self.path}/run.json"
-        began = files.read_json(path).get("began") or time.strftime("%Y-%m-%d %H:%M:%S")
-        machine = f"{self.machine}, {self.machine.device_name()}"
-        versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-        about |= dict(began=began, commit=commit(), machine=machine, versions=versions)
-        text = json.dumps(about, indent=2) + "\n"
-        self.write("run.json", lambda: files.write_text(path, text))
+        old = read_json(path)
+        metadata |= dict(
+            began=old.get("began") or time.strftime("%Y-%m-%d %H:%M:%S"),
+            commit=commit(),
+            machine=f"{self.machine}, {self.machine.device_name()}",
+            device=self.machine.device.type,
+            versions=f"Python {platform.python_version()}, torch {version('torch')}",
+        )
+        try:
+            if os.path.exists(self.final):
+                os.remove(self.final)
+            write_text(path, json.dumps(old | metadata, indent=2) + "\n")
+        except OSError as error:
+            raise self.unusable(error) from None
 
     def write(self, what, function):
         """Call function() on rank 0; whether it went through, on rank 0 alone (True elsewhere)."""
@@ -136,103 +350,53 @@ class Folder:
 
     def last_is(self):
         """What last.pt holds, as a phrase."""
-        return f"{self.last} is of step {self.saved[0]:,}" if self.saved[0] else "nothing saved"
+        return f"{self.last} holds step {self.saved[0]:,}" if self.saved[0] else "nothing is saved"
 
     def log(self, state, **values):
-        """Write a line of metrics.jsonl, whole or not at all."""
+        """Write a line of metrics.jsonl. What is not finite is null there."""
         line = dict(step=state.step, epoch=state.epoch, tokens=state.tokens, **values)
         line |= dict(skipped=state.skipped, elapsed_s=state.clock())
         for name, value in line.items():
             if isinstance(value, float) and not math.isfinite(value):
                 line[name] = None
-            elif self.board and isinstance(value, float):
-                self.board.add_scalar(name, value, state.step)
-        self.write("metrics.jsonl", lambda: files.append_json(self.metrics, line))
+        self.write("metrics.jsonl", lambda: append_json(self.metrics, line))
 
     def save(self, state, contents):
         """Write last.pt, unless it holds this very state; what it held becomes prev.pt. contents():
         the checkpoint's dict."""
         now = state.step, state.evaluated_step
-        if now != self.saved:
-            write = self.write(
-                self.last, lambda: checkpoint.save(contents(), self.last, kept=self.prev)
-            )
-            self.saved = now if write else self.saved
+        if now != self.saved and self.write(
+            self.last, lambda: save_checkpoint(contents(), self.last, kept=self.prev)
+        ):
+            self.saved = now
 
     def save_best(self, contents):
         """Write best.pt; whether it went through, the same on every rank."""
-        written = self.write(self.best, lambda: checkpoint.save(contents(), self.best))
+        written = self.write(self.best, lambda: save_checkpoint(contents(), self.best))
         return not self.machine.reduce(not written)[0]
 
-    def write_entry(self):
-        """Write notebook.md and curve.png anew."""
-        self.write("notebook.md", lambda: write_entry(self.path))
-
     def finish(self, state, final):
-        """Write the last figures and the entry for the last time. Returns whether all of the run is
-        on the disk."""
+        """Write the last figures, a dict. Returns whether all of the run is on the disk."""
         text = json.dumps(final) + "\n"
-        written = not final or self.write(self.final, lambda: files.write_text(self.final, text))
-        if final:
-            self.write_entry()
+        written = not final or self.write(self.final, lambda: write_text(self.final, text))
         return written and self.saved == (state.step, state.evaluated_step)
 
 
-def restarted():
-    """Whether torchrun started this process again, since a rank had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def describe(config, dataset, model, batches, total_steps):
-    """What the run is, for run.json."""
-    warmup = warmup_of(config, total_steps)
-    return dict(
-        name=config.name,
-        doc=config.doc,
-        config=config.plain() | {"warmup_steps": warmup},
-        steps=total_steps,
-        step_tokens=batches.step_tokens,
-        parameters=model.count(),
-        flops_per_token=model.flops_per_token(),
-        vocab_size=dataset.vocab_size,
-        data=dict(
-            source=dataset.source["name"],
-            tokenizer=dataset.tokenizer,
-            separator=dataset.separator,
-            splits={split: vars(counts) for split, counts in dataset.counts.items()},
-        ),
-    )
-
-
-def differences(config, data, found):
+def differences(config, hashes, checkpoint):
     """What makes a checkpoint another experiment than this config and these token files, as a
     phrase; "" if nothing."""
-    changed = config.differences(found["config"])
-    changed += [
-        f"its {split} split was another (SHA-256)"
-        for split in data
-        if data[split] != found["data"][split]
-    ]
+    changed = config.differences(checkpoint["config"])
+    for split, sha256 in hashes.items():
+        if sha256 != checkpoint["data"][split]:
+            changed.append(f"its {split} split was another (SHA-256)")
     return "; ".join(changed)
 
 
 def commit():
     """This program's commit, with a + where files differ from it; "unknown" outside a clone."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    git = ["git", "-C", root, "describe", "--always", "--dirty=+", "--exclude=*"]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        found = subprocess.run(git, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
-def board(folder):
-    """TensorBoard's writer, None with a line where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        install = f"{python()} -m pip install tensorboard"
-        warn(f"there is no tensorboard here (`{install}`); going on without")
-        return None
-    return SummaryWriter(folder)
+    return done.stdout.strip() or "unknown"

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from lab import checkpoint
 from lab.console import UserError, first_line
 from lab.data import VOCAB_SIZE
-from lab.files import write_text, write_whole
+from lab.folder import load_checkpoint, write_text, write_whole
 from lab.sources import no_hub
 
 # OpenAI's weights, each at the commit that they were looked up at
@@ -52,7 +51,7 @@ def open_weights(where):
         return read_folder(Path(where))
     if where in HUB:
         return read_folder(download(where))
-    return checkpoint.load(where)
+    return load_checkpoint(where)
 
 
 def download(name):

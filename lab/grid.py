@@ -5,7 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
-from lab.files import read_json
+from lab.folder import read_json
 from lab.notebook import Run, figure, table
 
 # the settings that say when a run is over

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lab.console import UserError, cpu_cores, first_line, torchrun
-from lab.dtype import choose_dtype
+from lab.dtype import choose_dtype  # noqa: F401
 
 
 @dataclass
@@ -291,7 +291,6 @@ def open_machine(config):
     group = join(config, ranks, device.type) if ranks.world > 1 else None
     machine = Machine(device, torch.float32, ranks.rank, ranks.world, ranks.local_world)
     try:
-        machine.dtype, machine.why = machine.from_rank_0(lambda: choose_dtype(config, machine))
         yield machine
     except RuntimeError as error:
         if ranks.world == 1:

@@ -14,7 +14,7 @@ import re
 import warnings
 
 from lab.console import warn
-from lab.files import read_bytes, read_json, read_lines, write_whole
+from lab.folder import read_bytes, read_json, read_lines, write_whole
 
 MARK = "<!-- all above is written by the program, all below by you; sha256 {} -->"
 MARK_LINE = re.compile(rb"%b[ \t]*\r?\n?" % MARK.format("([0-9a-f]{64})").encode())

@@ -70,14 +70,19 @@ class State:
         self.loss_sum, self.loss_steps = 0.0, 0
         return loss
 
-    def evaluated(self, figures):
-        """Take an evaluation in. Returns (mean training loss since the one before, whether it is
-        the best so far)."""
+    def is_best(self, loss):
+        """Whether a validation loss is below all before. One that is not finite never is."""
+        return loss < self.best.get("val_loss", math.inf)
+
+    def evaluated(self, figures, best):
+        """Take an evaluation in. best: whether best.pt holds it. Returns the mean training loss
+        since the evaluation before."""
         train_loss = mean(self.epoch_loss_sum, self.epoch_loss_steps)
-        better = figures["val_loss"] < self.best.get("val_loss", math.inf)
         self.evaluated_step, self.epoch_loss_sum, self.epoch_loss_steps = self.step, 0.0, 0
-        self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
-        return train_loss, better
+        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
+        if best:
+            self.best = dict(step=self.step, **figures)
+        return train_loss
 
     # --- what follows
 

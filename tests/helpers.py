@@ -16,31 +16,19 @@ import numpy as np
 import torch
 
 from config import load_config
-from lab.checkpoint import load, save
 from lab.data import Batches, Dataset
-from lab.files import read_lines
+from lab.folder import load_checkpoint, read_lines, save_checkpoint
 from lab.machine import Machine
 from lab.trainer import Trainer, tokens_on, windows
-from plan import new_model
+from lab.weights import new_model
 
 ROOT = Path(__file__).parent.parent
 CPU = Machine(torch.device("cpu"), torch.float32)
-RANKS = [
-    "-m",
-    "torch.distributed.run",
-    "--nproc_per_node=2",
-    "--master_port=0",
-    "--rdzv-backend=c10d",
-    "--rdzv-endpoint=localhost:0",
-]
-MODERN = (
-    "--block",
-    "modern",
-    "--optimizer",
-    "muon",
-    "--lr_schedule",
-    "trapezoid",
-)  # experiment 6's
+RANKS = (
+    "-m torch.distributed.run --nproc_per_node=2 --master_port=0 --rdzv-backend=c10d "
+    "--rdzv-endpoint=localhost:0"
+).split()
+MODERN = "--block modern --optimizer muon --lr_schedule trapezoid".split()  # experiment 6's
 # A step's tokens, 8 x 16 at most: the longest sum that ranks and micro-batches take in parts.
 TOKENS = 8 * 16
 
@@ -168,8 +156,7 @@ def load_tokens(name, split, data_dir="data"):
 def trainer_of(words, total_steps, machine=CPU, graph=False, cls=Trainer):
     """The Trainer of a run with a config's words, at its beginning. graph: cuda_graph, whatever the
     device."""
-    config = load_config(words)
-    config.cuda_graph = graph
+    config = load_config(words).changed(cuda_graph=graph)
     tokens = load_tokens(config.dataset, "train")
     batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
     model = new_model(config, VOCAB).to(machine.device)
@@ -182,7 +169,7 @@ def metrics(out="out/tiny", evaluations=False):
 
 
 def weights(path):
-    return load(path)["model"]
+    return load_checkpoint(path)["model"]
 
 
 def same(a, b):
@@ -190,7 +177,7 @@ def same(a, b):
 
 
 def assert_the_same_run(one, two, curves=True):
-    whole, cut = load(f"{one}/last.pt"), load(f"{two}/last.pt")
+    whole, cut = load_checkpoint(f"{one}/last.pt"), load_checkpoint(f"{two}/last.pt")
     assert same(whole["model"], cut["model"]) and same(
         weights(f"{one}/best.pt"), weights(f"{two}/best.pt")
     )
@@ -232,10 +219,10 @@ def limited(what, limit):
 def forbid(words, path="out/tiny/last.pt"):
     """Make words impossible to a checkpoint's model: where one of them comes next the loss is
     infinite, though the gradients that the head forms are finite. Returns the checkpoint."""
-    found = load(path)
-    found["model"]["head_bias"][words] = -math.inf
-    save(found, path)
-    return found
+    checkpoint = load_checkpoint(path)
+    checkpoint["model"]["head_bias"][words] = -math.inf
+    save_checkpoint(checkpoint, path)
+    return checkpoint
 
 
 # --- processes

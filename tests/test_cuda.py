@@ -14,14 +14,14 @@ from helpers import MODERN, MUON, TOKENS, VOCAB, assert_same_curve, metrics, nea
 import train
 from config import load_config
 from lab import kernels
-from lab.checkpoint import load as load_checkpoint
 from lab.data import Batches
+from lab.folder import load_checkpoint
 from lab.generate import Sampling, generate
 from lab.kernels import HeadLoss, head_loss, softmax_loss
 from lab.machine import Machine
 from lab.trainer import Trainer
+from lab.weights import new_model
 from model import LanguageModel
-from plan import new_model
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU, or not make test-cuda"

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import train
-from lab.checkpoint import load
 from lab.console import UserError
 from lab.dtype import has_bfloat16
+from lab.folder import load
 
 AUTO = ("tiny.py", "--dtype", "auto", "--max_steps", "8")
 

@@ -8,9 +8,9 @@ from helpers import load_tokens, make_dataset, metrics
 
 import train
 from docs.experiments import collect, datasets, draw
-from lab.checkpoint import load
 from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
+from lab.folder import load
 from lab.notebook import Run
 from model import LanguageModel
 

@@ -27,10 +27,10 @@ from helpers import (
 import sample
 import train
 from lab import gpt2
-from lab.checkpoint import load, save
 from lab.console import UserError
 from lab.data import Batches, Dataset
 from lab.evaluate import evaluate
+from lab.folder import load, save
 from model import LanguageModel
 
 pytestmark = pytest.mark.arithmetic

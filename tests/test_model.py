@@ -7,12 +7,11 @@ from helpers import ROOT, assert_near, near
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
-from lab.checkpoint import load as load_checkpoint
-from lab.checkpoint import save as save_checkpoint
 from lab.console import UserError
+from lab.folder import load_checkpoint, save_checkpoint
 from lab.kernels import rms_norm
+from lab.weights import new_model
 from model import LanguageModel
-from plan import new_model
 
 pytestmark = pytest.mark.arithmetic
 BLOCKS = pytest.mark.parametrize("block", ["gpt2", "modern"])

@@ -22,7 +22,7 @@ import prepare
 from lab import readers
 from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
-from lab.files import Lock
+from lab.folder import Lock
 from prepare import encode_rows
 
 TRAIN = [

@@ -30,8 +30,7 @@ from helpers import (
 
 import train
 from config import Config
-from lab.checkpoint import load as load_checkpoint
-from lab.checkpoint import newest
+from lab.folder import load_checkpoint
 from lab.machine import Machine
 from model import LanguageModel
 

@@ -15,7 +15,7 @@ import report
 import train
 from lab import folder, notebook
 from lab.console import UserError
-from lab.files import read_lines
+from lab.folder import read_lines
 from lab.notebook import Run, entry
 from report import fit, rows_of
 

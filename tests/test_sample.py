@@ -11,9 +11,9 @@ import torch
 from helpers import ROOT, assert_near, near
 
 import sample
-from lab.checkpoint import save as save_checkpoint
 from lab.console import UserError
 from lab.data import load_tokenizer
+from lab.folder import save_checkpoint
 from lab.generate import Sampling, choose, generate
 from model import LanguageModel
 from sample import find_checkpoint

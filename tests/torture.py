@@ -32,7 +32,7 @@ from helpers import (
     until,
 )
 
-from lab.checkpoint import load as load_checkpoint
+from lab.folder import load_checkpoint
 
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 LIMIT = 14 * 60  # seconds, then what is left is not tried

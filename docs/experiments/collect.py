@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.console import UserError, run
-from lab.files import read_lines, write_text
+from lab.folder import load_checkpoint, read_lines, save_checkpoint, write_text
 from lab.settings import command_line, setting
 
 LINES = 200
@@ -50,11 +50,10 @@ def thin(lines):
 
 def save_weights(path, target):
     """Write a checkpoint anew with weights in bfloat16."""
-    from lab import checkpoint
-
-    found = checkpoint.load(path)
-    found["model"] = {name: tensor.bfloat16() for name, tensor in found["model"].items()}
-    checkpoint.save(found, target)
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint["model"].items()
+    checkpoint["model"] = {name: tensor.bfloat16() for name, tensor in weights}
+    save_checkpoint(checkpoint, target)
 
 
 def collect(folder, to, weights=False):

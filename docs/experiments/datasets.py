@@ -20,7 +20,7 @@ from pathlib import Path
 from lab.console import UserError, run
 from lab.data import Dataset, load_tokenizer
 from lab.encode import count_words
-from lab.files import write_text, write_whole
+from lab.folder import write_text, write_whole
 from lab.notebook import rounded
 from lab.settings import command_line, setting
 from prepare import move_in

@@ -1,0 +1,174 @@
+"""Files that are whole, a folder's lock, and checkpoints: damaged, torn, killed amid a save."""
+
+import contextlib
+import errno
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, same
+
+import train
+from lab import folder
+from lab.console import UserError
+from lab.folder import Lock, load_checkpoint, newest_checkpoint, read_lines, save_checkpoint
+
+
+@pytest.fixture
+def done(tiny):
+    """tiny, with a finished run of six steps in out/done."""
+    words = [tiny, *"--max_steps 6 --save_interval 3 --out_dir out/done".split()]
+    assert train.main(words) == 0
+    return tiny
+
+
+OWNER = """
+import sys
+from lab.folder import Lock
+lock = Lock()
+lock.take(".lock", "the folder", "wait")
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_has_one_owner_whom_it_names_and_a_kill_frees_it(in_tmp):
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", OWNER], env=env, **pipes) as owner:
+        owner.stdout.readline()
+        with Lock() as lock, pytest.raises(UserError) as caught:
+            lock.take(".lock", "the folder", "wait")
+        assert f"the folder is in use by process {owner.pid} on " in str(caught.value)
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        with Lock() as lock:
+            lock.take(".lock", "the folder", "wait", seconds=10)
+            assert lock.owned
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def none(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder.fcntl, "flock", none)
+    with Lock() as lock:
+        lock.take(tmp_path / ".lock", "the folder", "wait")
+        assert lock.owned
+    assert "warning: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a /dev/null that fsync refuses")
+def test_a_file_that_does_not_reach_the_disk_leaves_what_was_there(in_tmp):
+    Path("kept").write_text("old")
+    os.symlink("/dev/null", "kept.part")
+    with pytest.raises(OSError):
+        folder.write_text("kept", "new")
+    assert os.listdir() == ["kept"] and Path("kept").read_text() == "old"
+
+
+def test_a_torn_line_is_left_out(in_tmp):
+    Path("lines").write_bytes(b'{"step": 1}\n{"other": 2}\n[3]\n{"step": 4}\n{"step": 5, "l\xc3')
+    assert [line["step"] for line in read_lines("lines")] == [1, 4]
+
+
+# --- checkpoints
+
+
+def test_every_flipped_bit_is_found_or_harmless(done):
+    path, places, refused = Path("out/done/last.pt"), random.Random(0), 0
+    content, whole = path.read_bytes(), load_checkpoint(path)
+    for _ in range(60):
+        at, flipped = places.randrange(len(content)), 1 << places.randrange(8)
+        path.write_bytes(content[:at] + bytes([content[at] ^ flipped]) + content[at + 1 :])
+        try:
+            read = load_checkpoint(path)
+        except UserError:
+            refused += 1
+        else:
+            assert same(read["model"], whole["model"]) and read["state"] == whole["state"]
+    assert refused > 50
+
+
+class Malice:
+    def __reduce__(self):
+        return exec, ("open('executed', 'w')",)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04" + b"x" * 99, Malice(), {"model": {}}, torch.zeros(3)]
+)
+def test_what_is_no_checkpoint_is_one_line_and_executes_nothing(in_tmp, content):
+    if isinstance(content, bytes):
+        Path("other.pt").write_bytes(content)
+    else:
+        torch.save(content, "other.pt")
+    with pytest.raises(folder.NotValid, match="other.pt"):
+        load_checkpoint("other.pt")
+    assert not Path("executed").exists()
+
+
+def test_only_damage_puts_a_checkpoint_aside(done, monkeypatch):
+    """Not too little memory, nor a disk that cannot be read."""
+
+    def raising(error):
+        def load(*args, **kwargs):
+            raise error
+
+        return load
+
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        OSError(errno.EIO, "Input/output error"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises((UserError, type(error))):
+            patch.setattr(torch, "load", raising(error))
+            newest_checkpoint("out/done")
+        assert not Path("out/done/last.pt.damaged").exists()
+    assert newest_checkpoint("out/done")[1] == "out/done/last.pt"
+
+
+def test_a_kill_between_a_save_s_two_renames_loses_nothing(done, monkeypatch):
+    content, paths = load_checkpoint("out/done/last.pt"), ("out/done/last.pt", "out/done/prev.pt")
+
+    def steps():
+        return [load_checkpoint(path)["step"] for path in paths]
+
+    save_checkpoint(content | {"step": 7}, *paths)
+    assert steps() == [7, 6]
+    for step, renames in enumerate((0, 1, 2, 9), 8):  # killed before the first rename, after it
+        last, done_so_far, replace = steps()[0], itertools.count(), os.replace
+
+        def dying(source, target, renames=renames, done_so_far=done_so_far, replace=replace):
+            if next(done_so_far) >= renames:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", dying)
+            save_checkpoint(content | {"step": step}, *paths)
+        assert steps()[0] == (step if renames else last)  # both whole
+        assert newest_checkpoint("out/done")[0]["step"] == steps()[0]
+    assert steps() == [11, 10]
+
+
+def test_where_no_hard_link_can_be_two_checkpoints_are_kept_too(done):
+    """Here, since they are on two file systems."""
+    if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(".").st_dev:
+        pytest.skip("there is no second file system")
+    content = load_checkpoint("out/done/last.pt")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        paths = "out/done/last.pt", f"{elsewhere}/prev.pt"
+        for step in 7, 8:
+            save_checkpoint(content | {"step": step}, *paths)
+        assert [load_checkpoint(path)["step"] for path in paths] == [8, 7]
+        assert os.listdir(elsewhere) == ["prev.pt"]
+    assert not list(Path("out/done").glob("*.part"))
