@@ -166,10 +166,9 @@ class LanguageModel(nn.Module):
             with torch.device("meta"):  # nothing to initialise
                 model = cls(**checkpoint["model_args"])
             model.load_state_dict(checkpoint["model"], assign=True)
-        except (TypeError, RuntimeError, AttributeError):
-            raise UserError(
-                "the checkpoint holds another model than this program's; name another one"
-            ) from None
+        except (TypeError, RuntimeError, AttributeError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise UserError(f"the checkpoint's weights are not this model's ({why})") from None
         return model.eval()
 
     def compile_parts(self):

@@ -22,7 +22,7 @@ from lab.evaluate import evaluate, figures_text
 from lab.folder import Folder, load_checkpoint
 from lab.generate import continue_texts
 from lab.machine import open_machine
-from lab.notebook import chinchilla, perplexity, verdict, write_entry
+from lab.notebook import chinchilla, conclusion_of, perplexity, verdict, write_entry
 from lab.optimizer import warmup_of
 from lab.state import State
 from lab.trainer import Trainer, micro_batch_size
@@ -30,7 +30,7 @@ from lab.weights import build_model, open_for, settle, settle_dtype, with_contex
 from model import LanguageModel
 
 SAMPLE_TOKENS = 60  # of each prompt's continuation, for the notebook
-NOT_FINITE = "the loss is not finite"
+NOT_FINITE = "the loss or its gradient is not finite"
 
 
 def main(argv=None):
@@ -65,6 +65,8 @@ def train(config, machine, folder, stop, resume_command):
     hashes = dataset.hashes()
     own = ("data_dir", "out_dir", "device")  # may differ from rank to rank
     machine.agree({k: v for k, v in config.plain().items() if k not in own} | {"data": hashes})
+    if config.sample_prompts and dataset.tokenizer == "gpt2":
+        load_tokenizer()  # if it is not to be had, then here and not hours later
 
     # the plan comes before anything that takes memory or writes
     with torch.device("meta"):
@@ -90,6 +92,7 @@ def train(config, machine, folder, stop, resume_command):
         trainer.load_state_dict(checkpoint)
     del checkpoint, weights  # or their copies of the weights would stay
     folder.begin(state, describe(config, dataset, model, batches, total_steps))
+    folder.write("conclusion.md", lambda: conclusion_of(folder.path))
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
 
 
@@ -109,8 +112,8 @@ def plan_text(config, machine, dataset, model, batches, total_steps):
         "data": f"{config.dataset}: {tokens:,} training tokens, "
         f"{dataset.counts['val'].tokens:,} validation tokens",
         "ratio": f"{tokens / n['total']:.2f} tokens per parameter in an epoch, "
-        f"{run_tokens / n['total']:.2f} in the run",
-        "": f"Chinchilla's is 20: {chinchilla(n['total'], tokens)}",
+        f"{run_tokens / n['total']:.2f} in the run; Chinchilla's is 20",
+        "": chinchilla(n["total"], tokens),
         "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = "
         f"{step_tokens:,} tokens, {batches.windows / config.batch_size:,.1f} per epoch, "
         f"{warmup_of(config, total_steps)} of warm-up, in forward passes of {micro} sequences",
@@ -298,16 +301,10 @@ class Run:
 
     def samples(self):
         """{"samples": [[prompt, continuation]]} of sample_prompts, on rank 0."""
-        prompts = self.config.sample_prompts
+        prompts, separator = self.config.sample_prompts, self.dataset.separator
         if self.machine.rank > 0 or not prompts or self.dataset.tokenizer != "gpt2":
             return {}
-        try:
-            encoding = load_tokenizer()
-        except UserError as error:  # data prepared elsewhere, and no way to tiktoken's files here
-            self.machine.say(f"warning: no samples for the notebook: {error}", file=sys.stderr)
-            return {}
-        separator = self.dataset.separator
-        args = self.trainer.model, encoding, prompts, separator, SAMPLE_TOKENS
+        args = self.trainer.model, load_tokenizer(), prompts, separator, SAMPLE_TOKENS
         return {"samples": continue_texts(*args)}
 
     def last_figures(self):
@@ -329,10 +326,7 @@ class Run:
         state, say, config = self.state, self.machine.say, self.config
         say(f"finished: {over}")
         if state.skipped:
-            say(
-                f"{state.skipped:,} of {state.step:,} steps had no finite loss or gradient and "
-                "were skipped"
-            )
+            say(f"{state.skipped:,} of {state.step:,} steps were skipped: {NOT_FINITE}")
         if state.best:
             say(f"best at step {state.best['step']:,}, in {self.folder.best}")
         for split, figures in final.items():
@@ -345,16 +339,12 @@ class Run:
             say(f"the original notebook recorded {perplexity(config.recorded_ppl)}")
 
     def give_up(self):
-        """Say that the run cannot go on, since its loss is not finite. Returns the exit code."""
-        skipped, what = self.state.skipped_in_a_row, "the validation loss is not finite"
-        if skipped >= self.trainer.patience():
-            what = (
-                f"{skipped} steps in a row had no finite loss or gradient, and none of them "
-                "changed the weights"
-            )
+        """Say that the run cannot go on. Returns the exit code."""
+        skipped = self.state.skipped_in_a_row
+        steps = f" in {skipped} steps in a row, which changed no weight" if skipped else ""
         self.machine.say(
-            f"error: at step {self.state.step:,} {what}; try a lower --learning_rate, a longer "
-            "--warmup_steps or --dtype float32, with another --out_dir",
+            f"error: step {self.state.step:,}: {NOT_FINITE}{steps}; try a lower --learning_rate, a "
+            "longer --warmup_steps or --dtype float32, with another --out_dir",
             file=sys.stderr,
         )
         return 1
@@ -387,6 +377,8 @@ def eval_only(config, machine):
     machine.say(f"{path}, step {checkpoint['step']:,}, on {machine}")
     for stride in (0, config.eval_stride) if config.eval_stride else (0,):
         figures = evaluate(model, split, machine, micro, stride)
+        if not math.isfinite(figures["loss"]):
+            raise UserError(f"{path} gives a loss of {figures['loss']}; name another checkpoint")
         machine.say(figures_text(config.split, figures, dataset.separator))
     return 0
 

@@ -4,6 +4,7 @@ A config file holds assignments only and runs in an empty namespace; `--name val
 line wins over it. Everything that is wrong with both is listed at once.
 """
 
+import copy
 import itertools
 import os
 import re
@@ -25,61 +26,47 @@ class Config:
     doc: ClassVar[str] = ""  # its docstring: the question, and what is expected
     named: ClassVar[frozenset] = frozenset()  # the settings that it or the command line names
 
-    # data
-    dataset: str = setting("wikitext-103", "folder under data_dir that prepare.py wrote")
-    data_dir: str = setting("data", "where the data sets lie", path=True, free=True)
-    out_dir: str = setting(
-        "", "this run's own folder (default: out/<name of the config file>)", path=True, free=True
+    dataset: str = setting(
+        "wikitext-103", "folder under data_dir that prepare.py wrote", group="data"
     )
-    # model
-    max_seq_len: int = setting(512, "context, tokens", low=1)
+    data_dir: str = setting("data", "where the data sets lie", path=True, free=True)
+    out_dir: str = setting("", "the run's folder (default: out/NAME)", path=True, free=True)
+
+    max_seq_len: int = setting(512, "context, tokens", low=1, group="model")
     d_model: int = setting(256, "width of the residual stream", low=1)
     num_heads: int = setting(8, "attention heads; must divide d_model", low=1)
     d_ff: int = setting(1024, "width of the MLP", low=1)
     num_layers: int = setting(8, "blocks", low=1)
-    dropout: float = setting(
-        0.1, "on the embedding sum and on each residual branch", low=0, below=1
-    )
+    dropout: float = setting(0.1, "on the embedding sum and on each branch", low=0, below=1)
     block: str = setting(
-        "gpt2", "gpt2, the notebook's, or modern, experiment 6's", choices=("gpt2", "modern")
+        "gpt2", "the original notebook's, or experiment 6's", choices=("gpt2", "modern")
     )
-    head_bias: bool = setting(
-        True, "a bias over the vocabulary; GPT-2 has none, so that transformers takes none"
-    )
-    unigram_bias: bool = setting(
-        False, "begin with the head's bias at the log frequencies of the training tokens"
-    )
+    head_bias: bool = setting(True, "a bias over the vocabulary; transformers' GPT-2 has none")
+    unigram_bias: bool = setting(False, "begin it at the log frequencies of the training tokens")
     init_from: str = setting(
         "", "weights to begin with, and their shape: best.pt, gpt2, a folder", path=True
     )
-    # training
+
     batch_size: int = setting(
-        32, "sequences an optimizer step, over all ranks and micro-batches", low=1
+        32, "sequences per step, over all ranks and micro-batches", low=1, group="training"
     )
     micro_batch_size: int = setting(
-        0,
-        "sequences a forward pass and rank (0: what memory allows, on a CPU 1,024 tokens)",
-        low=0,
-        free=True,
+        0, "sequences per forward pass (0: what memory allows)", low=0, free=True
     )
     epochs: int = setting(1, "passes over the training tokens", low=1, free=True)
-    max_steps: int = setting(
-        0, "end after so many optimizer steps (0: no limit but the epochs)", low=0, free=True
-    )
-    max_hours: float = setting(
-        0.0, "end cleanly after so many hours, resumes included (0: no limit)", low=0, free=True
-    )
+    max_steps: int = setting(0, "end after so many steps (0: no limit)", low=0, free=True)
+    max_hours: float = setting(0.0, "end after so many hours (0: no limit)", low=0, free=True)
     patience: int = setting(
         0, "end after so many evaluations without a new best (0: never)", low=0, free=True
     )
-    learning_rate: float = setting(4e-4, "AdamW's learning rate after warm-up", low=0)
+    learning_rate: float = setting(4e-4, "AdamW's, after warm-up", low=0)
     min_learning_rate: float = setting(0.0, "where the schedule ends", low=0)
-    warmup_steps: int | None = setting(
-        None, "steps of linear warm-up (None: 200, or a tenth of the run where that is less)", low=0
+    warmup_steps: int = setting(
+        200, "of linear warm-up, at most a tenth of the run's steps", low=0, free=True
     )
     lr_schedule: str = setting(
         "cosine",
-        "after the warm-up; a trapezoid falls over the last 40 % of the steps",
+        "after warm-up; a trapezoid falls over the last 40 % of the steps",
         choices=("cosine", "trapezoid", "constant"),
     )
     optimizer: str = setting(
@@ -87,82 +74,59 @@ class Config:
         "muon: Muon for the blocks' matrices, AdamW for the rest",
         choices=("adamw", "muon"),
     )
-    muon_learning_rate: float = setting(
-        0.02, "Muon's after warm-up; follows the same schedule", low=0
-    )
-    weight_decay: float = setting(0.1, "on matrices and embeddings, not on biases and gains", low=0)
+    muon_learning_rate: float = setting(0.02, "Muon's, on the same schedule", low=0)
+    weight_decay: float = setting(0.1, "on matrices and embeddings alone", low=0)
     beta1: float = setting(0.9, "AdamW's", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's; 0.95 as GPT-3's and nanoGPT's", low=0, below=1)
-    adam_eps: float = setting(
-        1e-8, "AdamW's epsilon; 1e-5 leaves words that hardly occur where they are", low=0
-    )
-    grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
-    # rhythm
+    adam_eps: float = setting(1e-8, "AdamW's; 1e-5 leaves rare words where they are", low=0)
+    grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)", low=0)
+
     eval_interval: int = setting(
         0,
-        "evaluate every so many steps as well as after each epoch (0: epochs only)",
+        "steps between evaluations, besides each epoch's (0: none)",
         low=0,
         free=True,
+        group="intervals",
     )
-    save_interval: int = setting(
-        500,
-        "write last.pt every so many steps as well as before evaluations (0: not)",
-        low=0,
-        free=True,
-    )
-    save_minutes: float = setting(10.0, "and every so many minutes (0: not)", low=0, free=True)
+    save_interval: int = setting(500, "steps between checkpoints (0: any)", low=0, free=True)
+    save_minutes: float = setting(10.0, "minutes between checkpoints (0: any)", low=0, free=True)
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", low=1, free=True)
-    # system
+
     device: str = setting(
-        "auto",
-        "auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, else the CPU",
-        free=True,
+        "auto", "auto (CUDA, else the CPU), cpu, cuda, cuda:N or mps", free=True, group="system"
     )
     dtype: str = setting(
         "auto",
-        "of the matmuls; auto: on CUDA bfloat16, or float16 with a scaler where that is not "
-        "native, on a CPU what is measured to be faster; a resumed run keeps its own",
+        "of the matmuls; auto: a resumed run's own, else the fastest that is safe",
         choices=("auto", "float32", "bfloat16", "float16"),
         free=True,
     )
-    compile: bool | None = setting(None, "torch.compile the blocks (None: on CUDA only)", free=True)
+    compile: bool | None = setting(None, "torch.compile the blocks (None: on CUDA)", free=True)
     cuda_graph: bool | None = setting(
-        None,
-        "the step as one CUDA graph (None: where one process is on CUDA, without a scaler; True: "
-        "over ranks, too)",
-        free=True,
+        None, "a step as one CUDA graph (None: on one GPU; True: over ranks, too)", free=True
     )
     rank_timeout: float = setting(
-        10.0, "minutes that ranks wait for one another before they give up", low=0.01, free=True
+        10.0, "minutes that ranks wait for one another", low=0.01, free=True
     )
     seed: int = setting(0, "of the weights, the data order and dropout", low=0, below=2**32)
     resume: bool = setting(
-        False, "go on from out_dir's last checkpoint; with none there, begin", free=True
+        False, "go on from out_dir's last checkpoint, if there is one", free=True
     )
     eval_only: bool = setting(False, "print the best checkpoint's figures and stop", free=True)
-    split: str = setting("val", "what --eval_only looks at", choices=("val", "test"), free=True)
+    split: str = setting("val", "of --eval_only", choices=("val", "test"), free=True)
     eval_stride: int = setting(
-        0,
-        "--eval_only: a second figure, from windows that move by so many tokens",
-        low=0,
-        free=True,
-    )
-    tensorboard: bool = setting(
-        False, "write TensorBoard's files into out_dir as well, if it is installed", free=True
+        0, "of --eval_only: also with windows that move by so many tokens", low=0, free=True
     )
     dry_run: bool = setting(False, "print the plan and stop", free=True)
-    # notebook
+
     sample_prompts: tuple = setting(
         ("The history of India is", "In mathematics,", "The cat sat on the"),
-        "texts that the model continues at each new best, for the notebook's entry (): none",
+        "texts that the model continues at each new best, for the entry",
         free=True,
+        group="notebook",
     )
-    expected_ppl: tuple = setting(
-        (), "what the experiment expects: (low, high) validation perplexity a token", free=True
-    )
-    recorded_ppl: float = setting(
-        0.0, "what the notebook recorded when it was first run (0: nothing)", low=0, free=True
-    )
+    expected_ppl: tuple = setting((), "(low, high) that validation is expected in", free=True)
+    recorded_ppl: float = setting(0.0, "the original notebook's result (0: none)", low=0, free=True)
 
     def model_args(self, vocab_size):
         """What LanguageModel is made with."""
@@ -170,23 +134,10 @@ class Config:
         return dict(vocab_size=vocab_size) | {name: getattr(self, name) for name in names}
 
     def changed(self, **values):
-        """A copy with these values."""
-        import copy
-
+        """A copy of this Config, with other values for some settings."""
         other = copy.copy(self)
         vars(other).update(values)
         return other
-
-    def take_shape(self, args):
-        """Take the shape of other weights, their model's arguments, for all that nobody named.
-        Returns {name: theirs} of what was named otherwise."""
-        otherwise = {}
-        for name in sorted(args.keys() - {"vocab_size", "dropout"}):
-            if name not in self.named:
-                setattr(self, name, args[name])
-            elif getattr(self, name) != args[name]:
-                otherwise[name] = args[name]
-        return otherwise
 
     def plain(self):
         """The settings as a dict of what JSON and a checkpoint can hold."""
@@ -202,70 +153,63 @@ class Config:
 
     def conflicts(self):
         """What settings say against each other: [(their names, what is wrong as a phrase)]."""
-        c, found = self, []
-
-        def rule(names, fine, phrase):
-            if not fine:
-                found.append((names.split(), phrase))
-
-        rule(
-            "d_model num_heads",
-            c.init_from or c.d_model % c.num_heads == 0,  # or else the shape is not known yet
-            f"num_heads {c.num_heads} does not divide d_model {c.d_model}",
-        )
-        rule(
-            "d_model num_heads block",
-            c.init_from or c.block != "modern" or c.d_model % (2 * c.num_heads) == 0,
-            f"block modern turns pairs, and num_heads {c.num_heads} leaves a head of d_model "
-            f"{c.d_model} an odd size",
-        )
-        rule(
-            "unigram_bias head_bias init_from",
-            not c.unigram_bias or (c.head_bias and not c.init_from),
-            "unigram_bias sets a new head bias, which goes neither with init_from nor with "
-            "head_bias False; use --unigram_bias False",
-        )
-        rule(
-            "batch_size micro_batch_size",
-            c.micro_batch_size <= c.batch_size,
-            f"micro_batch_size {c.micro_batch_size} is larger than batch_size {c.batch_size}",
-        )
-        rule("learning_rate", c.learning_rate > 0, "learning_rate must be above 0")
-        rule(
-            "learning_rate min_learning_rate",
-            c.min_learning_rate <= c.learning_rate,
-            f"min_learning_rate {c.min_learning_rate} is above learning_rate {c.learning_rate}",
-        )
-        rule(
-            "max_steps warmup_steps",
-            not c.max_steps or not c.warmup_steps or c.warmup_steps < c.max_steps,
-            f"warmup_steps {c.warmup_steps} leaves nothing of max_steps {c.max_steps}",
-        )
-        numbers = all(isinstance(value, (int, float)) for value in c.expected_ppl)
-        rule(
-            "expected_ppl",
-            not c.expected_ppl
-            or (
-                numbers and len(c.expected_ppl) == 2 and 1 <= c.expected_ppl[0] <= c.expected_ppl[1]
+        c = self
+        known = not c.init_from  # or the shape is not known yet
+        heads = f"num_heads {c.num_heads} does not divide d_model {c.d_model}"
+        is_range = len(c.expected_ppl) == 2 and all(type(x) in (int, float) for x in c.expected_ppl)
+        is_range = is_range and 1 <= c.expected_ppl[0] <= c.expected_ppl[1]
+        has_text = all(isinstance(prompt, str) for prompt in c.sample_prompts)
+        rules = [
+            ("d_model num_heads", known and c.d_model % c.num_heads, heads),
+            (
+                "d_model num_heads block",
+                known and c.block == "modern" and c.d_model % (2 * c.num_heads),
+                f"{heads} into heads of an even size, as block modern wants",
             ),
-            f"expected_ppl is (low, high), not {c.expected_ppl}",
-        )
-        rule(
-            "sample_prompts",
-            all(isinstance(prompt, str) for prompt in c.sample_prompts),
-            f"sample_prompts is a tuple of texts, not {c.sample_prompts}",
-        )
-        rule(
-            "device",
-            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device),
-            f"device is auto, cpu, cuda, cuda:N or mps, not {c.device!r}",
-        )
-        rule(
-            "cuda_graph dtype",
-            not (c.cuda_graph and c.dtype == "float16"),
-            "cuda_graph is not for float16, whose scaler looks at each step; use bfloat16",
-        )
-        return found
+            (
+                "unigram_bias head_bias init_from",
+                c.unigram_bias and (c.init_from or not c.head_bias),
+                "unigram_bias cannot be combined with init_from or with head_bias False; use "
+                "--unigram_bias False",
+            ),
+            (
+                "batch_size micro_batch_size",
+                c.micro_batch_size > c.batch_size,
+                f"micro_batch_size {c.micro_batch_size} is larger than batch_size {c.batch_size}",
+            ),
+            ("learning_rate", c.learning_rate == 0, "learning_rate must be above 0"),
+            (
+                "learning_rate min_learning_rate",
+                c.min_learning_rate > c.learning_rate,
+                f"min_learning_rate {c.min_learning_rate} is above learning_rate {c.learning_rate}",
+            ),
+            (
+                "split eval_stride eval_only",
+                (c.eval_stride or c.split != "val") and not c.eval_only,
+                "split and eval_stride belong to --eval_only",
+            ),
+            (
+                "expected_ppl",
+                c.expected_ppl and not is_range,
+                f"expected_ppl is (low, high), not {c.expected_ppl}",
+            ),
+            (
+                "sample_prompts",
+                not has_text,
+                f"sample_prompts is a tuple of texts, not {c.sample_prompts}",
+            ),
+            (
+                "device",
+                not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device),
+                f"device is auto, cpu, cuda, cuda:N or mps, not {c.device!r}",
+            ),
+            (
+                "cuda_graph dtype",
+                c.cuda_graph and c.dtype == "float16",
+                "cuda_graph cannot be combined with float16, whose scaler looks at each step",
+            ),
+        ]
+        return [(names.split(), phrase) for names, is_wrong, phrase in rules if is_wrong]
 
 
 def read_config(path):
@@ -276,11 +220,11 @@ def read_config(path):
         with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
             source = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        folder = os.path.dirname(__file__)
-        known = sorted(n for n in os.listdir(folder) if n.endswith(".py") and n != "__init__.py")
+        names = os.listdir(os.path.dirname(__file__))
+        known = sorted(n for n in names if n.endswith(".py") and not n.startswith("_"))
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(
-            f"cannot read config {path}: {why}; there are {', '.join(known)} in config/"
+            f"cannot read config {path}: {why}; config/ has {', '.join(known)}"
         ) from None
     namespace = {}
     try:

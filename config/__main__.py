@@ -1,7 +1,7 @@
 """docs/settings.md, made from Config: `python -m config > docs/settings.md`."""
 
 from config import Config
-from lab.settings import fields_of, types_of
+from lab.settings import fields_of, names_of, types_of
 
 HEAD = """\
 # Settings
@@ -30,12 +30,12 @@ it says no, another value makes another experiment, and the program refuses it.
 
 def values_of(field):
     """What a setting takes, as a phrase."""
-    about, types = field.metadata, types_of(field)
+    about = field.metadata
     if about["choices"]:
         return ", ".join(about["choices"])
-    names = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-    names += f", at least {about['low']}" if about["low"] is not None else ""
-    return names + (f", below {about['below']}" if about["below"] is not None else "")
+    low = f", at least {about['low']}" if about["low"] is not None else ""
+    below = f", below {about['below']}" if about["below"] is not None else ""
+    return names_of(types_of(field)) + low + below
 
 
 def page():

@@ -1,32 +1,25 @@
-"""The terminal: a mistake as one line, streams that may fail, Ctrl-C, and commands to copy.
-
-A script imports this before anything slow: from then on Ctrl-C ends it by one word.
-"""
+"""The terminal: a mistake as one line, output that may fail, Ctrl-C, and commands to copy."""
 
 import contextlib
 import errno
-import io
 import os
 import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGAN = time.perf_counter()  # before the imports that take a second
 
 
 class UserError(Exception):
-    """The user's mistake, as one line: what, why, and the command that mends it."""
+    """The user's mistake, as one line: what, why, and the command that fixes it."""
 
 
 def first_line(error):
     """An exception's type and first line, for a message of one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0] or 'no message'}"
 
 
 def cpu_cores():
@@ -51,20 +44,11 @@ def python():
     return shlex.quote(nearby(sys.executable))
 
 
-def quote(word):
-    """A word as the shell wants it, on one line whatever is in it."""
-    if "\n" not in word:
-        return shlex.quote(word)
-    word = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"$'{word}'"
-
-
 def torchrun(processes):
     """The command that starts so many processes of the script that follows it."""
-    known = os.path.join(os.path.dirname(sys.executable), "torchrun")
-    start = (
-        "torchrun" if shutil.which("torchrun") == known else f"{python()} -m torch.distributed.run"
-    )
+    ours = os.path.join(os.path.dirname(sys.executable), "torchrun")
+    module = f"{python()} -m torch.distributed.run"
+    start = "torchrun" if shutil.which("torchrun") == ours else module
     return f"{start} --nproc_per_node={processes}"
 
 
@@ -73,48 +57,37 @@ def command(script, *words, processes=1):
     processes. A word that is a Path is shown from there, too."""
     start = torchrun(processes) if processes > 1 else python()
     shown = [nearby(word) if isinstance(word, Path) else str(word) for word in words]
-    return " ".join([start, *map(quote, [nearby(ROOT / script), *shown])])
+    return " ".join([start, *map(shlex.quote, [nearby(ROOT / script), *shown])])
 
 
-# --- streams
+# --- output
 
 
-class Stream(io.FileIO):
-    """Standard output or error. What cannot be written is dropped, or is an error if `strict`."""
+class Output:
+    """A text stream that loses what a full disk or a closed terminal refuses, and fails no program
+    for it. `error` is the first OSError; where `strict`, flush() raises it."""
 
-    failed = None  # the first OSError of a write
-    strict = False
+    def __init__(self, stream, strict=False):
+        self.stream, self.strict, self.error = stream, strict, None
+        stream.reconfigure(errors="replace")  # characters that its encoding lacks become "?"
 
-    def write(self, data):
+    def write(self, text):
         try:
-            return super().write(data) or len(data)  # None: a pipe that does not block is full
+            return self.stream.write(text)
         except OSError as error:
-            self.failed = self.failed or error
-            if self.strict:
-                self.strict = False  # what is left in the buffer is dropped
-                raise
-            return len(data)
+            self.error = self.error or error
+            return len(text)
 
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.error = self.error or error
+        if self.strict and self.error:
+            raise self.error
 
-def open_streams(strict):
-    """Replace sys.stdout and sys.stderr by streams that fail no program: characters that their
-    encoding lacks become "?", and text that a full disk or a closed terminal refuses is dropped.
-
-    strict: standard output is what the command is for, so that a failed write there raises OSError.
-    """
-    for number, name in (1, "stdout"), (2, "stderr"):
-        old = getattr(sys, name)
-        raw = Stream(number, "wb", closefd=False)
-        raw.strict = strict and number == 1
-        encoding = getattr(old, "encoding", None) or "utf-8"
-        lines = number == 2 or raw.isatty()
-        unbuffered = getattr(old, "write_through", False)  # python -u, as torchrun starts us
-        buffer = io.BufferedWriter(raw)
-        new = io.TextIOWrapper(buffer, encoding, "replace", None, lines, unbuffered)
-        setattr(sys, name, new)
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)
-    sys.stdin.reconfigure(errors="replace", newline="\n")
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def warn(text):
@@ -126,10 +99,10 @@ def progress(total, description, **kwargs):
     """A tqdm bar on a terminal; in a log file, a line every 30 seconds."""
     from tqdm import tqdm
 
-    if sys.stderr.isatty():
-        return tqdm(total=total, desc=description, dynamic_ncols=True, **kwargs)
-    lines = dict(file=Lines(), mininterval=30, miniters=1, delay=30, position=0, ncols=100)
-    return tqdm(total=total, desc=description, **lines, **kwargs)
+    if not sys.stderr.isatty():
+        kwargs |= dict(file=Lines(), mininterval=30, miniters=1, delay=30, position=0, ncols=100)
+        return tqdm(total=total, desc=description, **kwargs)
+    return tqdm(total=total, desc=description, dynamic_ncols=True, **kwargs)
 
 
 class Lines:
@@ -143,118 +116,71 @@ class Lines:
         sys.stderr.flush()
 
 
-# --- signals
-
-
-def end_at_once(number, frame):
-    """What Ctrl-C does while a script imports: there is nothing to save yet."""
-    os.write(2, b"interrupted\n")
-    os._exit(1)
-
-
-def watch_signals(pipe, quiet):
-    """Answer signals as they come, while the program may be inside a long call: say at the first
-    that the run stops, and end the process at a second Ctrl-C. Ends when the pipe is closed."""
-    began = None
-    while number := os.read(pipe, 1):
-        now, again = time.monotonic(), number[0] == signal.SIGINT
-        if began is None:
-            began = now
-            text = "\nstopping after this step; Ctrl-C again ends at once\n"
-        elif again and now - began > 1:  # torchrun sends the first Ctrl-C a second time
-            text = "\nended at once; the last checkpoint is whole\n"
-        else:
-            continue
-        if not quiet:
-            with contextlib.suppress(OSError):
-                os.write(2, text.encode())
-        if now > began:
-            os._exit(1)
+# --- signals, and the end of a program
 
 
 @contextlib.contextmanager
 def stop_signals(quiet=False):
     """A list that is empty until SIGINT, SIGTERM or SIGHUP comes; whoever works looks at it between
-    two steps. SIGHUP stays ignored where it was (nohup). Puts the old handlers back when left."""
-    seen, old = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            old[number] = signal.signal(number, lambda number, frame: seen.append(number))
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=watch_signals, args=(reading, quiet), daemon=True)
-    watcher.start()
+    two steps. A second Ctrl-C ends the process. SIGHUP stays ignored where it was (nohup)."""
+    seen = []  # when they came
+
+    def handler(number, frame):
+        seen.append(time.monotonic())
+        text = b"\nstopping after this step; Ctrl-C again ends at once\n"
+        is_second = len(seen) > 1
+        if is_second:
+            # torchrun sends the first Ctrl-C twice
+            if number != signal.SIGINT or seen[-1] - seen[0] < 1:
+                return
+            text = b"\nended at once; the last checkpoint is whole\n"
+        with contextlib.suppress(OSError):
+            os.write(2, b"" if quiet else text)
+        if is_second:
+            os._exit(1)
+
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    old = {number: signal.getsignal(number) for number in numbers}
+    heard = [number for number in numbers if old[number] != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, handler)
     try:
         yield seen
     finally:
-        signal.set_wakeup_fd(before)
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        os.close(writing)
-        watcher.join()
-        os.close(reading)
-
-
-# --- the end of a program
-
-
-def is_first_rank_to_say():
-    """Whether no other rank of this machine has printed the error yet. torchrun ends the others as
-    soon as one of them has failed, and so the first one speaks, whichever it is."""
-    if "MASTER_PORT" not in os.environ or "torch" not in sys.modules:
-        return True
-    from torch.distributed import TCPStore
-
-    key = "/".join(
-        os.environ.get(name, "0") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT")
-    )
-    try:
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=2))
-        return store.add(f"error/{key}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):  # nobody listens there
-        return True
+        for number in heard:
+            signal.signal(number, old[number])
 
 
 def run(main, strict=False):
-    """Call main() and end the process: 0 done, 2 the user's mistake, 1 anything else (Ctrl-C and
-    standard output that is closed too). strict: see open_streams()."""
-    open_streams(strict)
-    if signal.getsignal(signal.SIGINT) == end_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Call main() and end the process: 0 done, 2 the user's mistake, 1 anything else.
+
+    strict: standard output is what the command is for, so that a failed write there is an error;
+    one into a closed pipe, as of `| head`, is none to speak of.
+    """
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:  # closed before the program began
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdin.reconfigure(errors="replace", newline="\n")
+    sys.stdout, sys.stderr = Output(sys.stdout, strict), Output(sys.stderr)
+    text = ""
     try:
+        if not hasattr(os, "sysconf"):
+            raise UserError("this program runs on Linux and macOS; on Windows, run it in WSL")
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        if is_first_rank_to_say():
-            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        code = 2
+        code, text = 2, "error: " + " ".join(str(error).splitlines())
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 1
-    except OSError:
-        failed = sys.stdout.buffer.raw.failed
-        if failed is None:
+        code, text = 1, "interrupted"
+    except OSError as error:
+        if error is not sys.stdout.error:
             raise
-        if failed.errno != errno.EPIPE:  # `| head` took what it wanted
-            print(f"error: cannot write to standard output: {failed.strerror}", file=sys.stderr)
         code = 1
+        if error.errno != errno.EPIPE:
+            text = f"error: cannot write to standard output: {error.strerror}"
+    sys.stdout.strict = False
+    if text:
+        if int(os.environ.get("LOCAL_RANK") or 0) > 0:
+            time.sleep(2)  # torchrun ends this rank by then, where rank 0 has said the same
+        print(text, file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-for number in (0, 1, 2):  # or a closed stream's number would be the next file's
-    try:
-        os.fstat(number)
-    except OSError:
-        os.open(os.devnull, os.O_RDWR)
-program = Path(sys.argv[0]).resolve()
-if program.is_file() and program.parent == ROOT:  # one of our scripts, and not a test of it
-    if not hasattr(os, "sysconf"):
-        print(
-            "error: this program runs on Linux and macOS; on Windows, run it in WSL",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, end_at_once)

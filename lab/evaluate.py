@@ -10,22 +10,22 @@ from lab.notebook import perplexity
 
 
 def spans(predicted, context, stride):
-    """Windows (start, end, first): inputs start to end, of which those from `first` on count.
+    """Windows (start, end, first): inputs from start to end, whose predictions count from first on.
 
-    Every one of the first `predicted` positions counts once, with at least context - stride
-    positions before it where there are so many.
+    Every one of the first `predicted` positions counts once. All but the first window's have at
+    least context - stride positions before them.
     """
-    found, start, first = [], 0, 0
+    windows, start, first = [], 0, 0
     while first < predicted:
         end = min(start + context, predicted)
-        found.append((start, end, first))
+        windows.append((start, end, first))
         start, first = start + stride, end
-    return found
+    return windows
 
 
 def window_rows(tokens, windows, rows, context):
     """The windows' tokens, (rows, context + 1) int64. Short windows are padded on the right, and a
-    short batch by empty rows: another shape would be compiled anew."""
+    short batch by empty rows: all forward passes have one shape."""
     chunk = np.zeros((rows, context + 1), dtype=np.int64)
     for row, (start, end, _) in zip(chunk, windows, strict=False):
         row[: end - start + 1] = tokens[start : end + 1]
@@ -35,11 +35,11 @@ def window_rows(tokens, windows, rows, context):
 def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
     """The loss over a whole split, in order, every token but the first predicted once.
 
-    split: a Split. rows: windows a forward pass. stride: how far windows of the model's context
-    move (0: by their length, without overlap). Returns a dict, None if stopped() on any rank: loss
-    (nats a token), its standard error `stderr` (over windows, since a window's tokens are not
-    independent), ppl, ppl_word, bits_per_byte, and the tokens, words, bytes, context and stride
-    that they are over.
+    split: a Split. rows: windows in a forward pass. stride: how far windows of the model's context
+    move; 0 is their length, without overlap. Returns None if stopped() on any rank, else a dict:
+    loss (nats per token; nan or inf if the model gives that), its standard error `stderr` (over
+    windows, since a window's tokens are not independent), ppl (per token), ppl_word, bits_per_byte,
+    and the tokens, words, bytes, context and stride that they are over.
     """
     was_training, context = model.training, model.args["max_seq_len"]
     model.eval()
@@ -49,8 +49,7 @@ def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
     batches = [windows[i : i + rows] for i in range(0, len(windows), rows)]
     # over windows: nats, tokens, and their products
     sums, ended = torch.zeros(5, dtype=torch.float64), 0
-    hidden = machine.rank > 0
-    with progress(len(batches), "evaluating", leave=False, disable=hidden) as bar:
+    with progress(len(batches), "evaluating", leave=False, disable=machine.rank > 0) as bar:
         for batch in batches[machine.rank :: machine.world]:
             if stopped():
                 ended = 1
@@ -70,11 +69,11 @@ def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
 
 
 def figures_of(nats, n, squares, products, lengths, k, split):
-    """The figures of k windows: nats and n are their loss's and tokens' sums, the others the sums
-    of nats * nats, nats * n and n * n."""
+    """The figures of k windows. nats and n are the sums of their losses and tokens; squares,
+    products and lengths those of nats * nats, nats * n and n * n."""
     loss = nats / n
-    # of windows around the loss times their length
-    spread = max(0.0, squares - 2 * loss * products + loss * loss * lengths)
+    # of windows around the loss times their length; max() keeps a nan that comes first
+    spread = max(squares - 2 * loss * products + loss * loss * lengths, 0.0)
     return {
         "loss": loss,
         "stderr": math.sqrt(spread * k / (k - 1)) / n if k > 1 else None,
@@ -88,12 +87,12 @@ def figures_of(nats, n, squares, products, lengths, k, split):
 
 
 def figures_text(split, figures, separator):
-    """Figures as the two lines that a user reads, with what they are counted over."""
+    """Figures as the two lines that a user reads, with the text that they are over."""
     error = f" ± {figures['stderr']:.4f}" if figures["stderr"] is not None else ""
     return (
-        f"{split:11} loss {figures['loss']:.4f}{error} a token, perplexity "
-        f"{perplexity(figures['ppl'])} a token, {perplexity(figures['ppl_word'])} a word, "
-        f"{figures['bits_per_byte']:.4f} bits a byte\n{'':11} over {figures['tokens']:,} tokens, "
+        f"{split:11} loss {figures['loss']:.4f}{error} nats per token, perplexity "
+        f"{perplexity(figures['ppl'])} per token, {perplexity(figures['ppl_word'])} per word, "
+        f"{figures['bits_per_byte']:.4f} bits per byte\n{'':11} over {figures['tokens']:,} tokens, "
         f"{figures['words']:,} words, {figures['bytes']:,} bytes; context {figures['context']}, "
         f"stride {figures['stride']}, separator {separator}"
     )

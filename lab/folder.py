@@ -318,23 +318,27 @@ class Folder:
     # --- what the run writes
 
     def begin(self, state, metadata):
-        """Write run.json, on rank 0; from here on the run has not ended. Raises UserError."""
+        """Write run.json; from here on the run has not ended. Raises UserError."""
         self.saved = state.step, state.evaluated_step
-        path = f"{self.path}/run.json"
+        machine, path = self.machine, f"{self.path}/run.json"
         old = read_json(path)
         metadata |= dict(
             began=old.get("began") or time.strftime("%Y-%m-%d %H:%M:%S"),
             commit=commit(),
-            machine=f"{self.machine}, {self.machine.device_name()}",
-            device=self.machine.device.type,
+            machine=f"{machine}, {machine.device_name()}",
+            device=machine.device.type,
             versions=f"Python {platform.python_version()}, torch {version('torch')}",
         )
-        try:
-            if os.path.exists(self.final):
-                os.remove(self.final)
-            write_text(path, json.dumps(old | metadata, indent=2) + "\n")
-        except OSError as error:
-            raise self.unusable(error) from None
+
+        def write():
+            try:
+                if os.path.exists(self.final):
+                    os.remove(self.final)
+                write_text(path, json.dumps(metadata, indent=2) + "\n")
+            except OSError as error:
+                raise self.unusable(error) from None
+
+        machine.from_rank_0(write)
 
     def write(self, what, function):
         """Call function() on rank 0; whether it went through, on rank 0 alone (True elsewhere)."""

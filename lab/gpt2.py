@@ -1,20 +1,20 @@
-"""GPT-2 as `transformers` keeps it: a folder with config.json and model.safetensors, on the disk or
-on the Hugging Face hub.
+"""GPT-2 as transformers keeps it: a folder with config.json and model.safetensors.
 
 The block gpt2 computes what theirs does. The names differ, and their matrices (Conv1D) are stored
-the other way round.
+transposed.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import torch
 
-from lab.console import UserError, first_line
+from lab.console import UserError, python
 from lab.data import VOCAB_SIZE
 from lab.folder import load_checkpoint, write_text, write_whole
-from lab.sources import no_hub
+from lab.text import one_line
 
 # OpenAI's weights, each at the commit that they were looked up at
 HUB = {
@@ -29,6 +29,14 @@ SAME = {
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }  # fmt: skip
+# what transformers takes where config.json names no size
+DEFAULTS = {
+    "vocab_size": VOCAB_SIZE,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+}
 # our names: theirs, of sizes and of tensors
 SIZES = {
     "vocab_size": "vocab_size", "max_seq_len": "n_positions", "d_model": "n_embd",
@@ -44,13 +52,25 @@ OF_A_BLOCK = {
 }  # fmt: skip
 
 
+# SHA-256 of the lines of GPT-2's merges
+MERGES = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
+
+
 def open_weights(where):
-    """A checkpoint's dict. where: a file of this program, a folder of transformers', or a name in
-    HUB. Raises UserError."""
-    if os.path.isdir(where):
-        return read_folder(Path(where))
-    if where in HUB:
-        return read_folder(download(where))
+    """A checkpoint's dict. where: a checkpoint of this program, a folder that transformers wrote or
+    a file in it, or a name in HUB. Raises UserError."""
+    path, name = Path(where), where.removeprefix("openai-community/")
+    if path.suffix == ".safetensors":
+        path = path.parent
+    if path.is_dir():
+        return read_folder(path)
+    if name in HUB:
+        return read_folder(download(name))
+    if not path.exists():
+        raise UserError(
+            f"there is no {where}; name a checkpoint such as out/demo/best.pt, a folder with "
+            f"transformers' GPT-2, or one of {', '.join(HUB)}"
+        )
     return load_checkpoint(where)
 
 
@@ -59,72 +79,108 @@ def download(name):
     import huggingface_hub
 
     repository, revision = f"openai-community/{name}", HUB[name]
-    try:
-        for file in ("config.json", "model.safetensors"):
+    files = "config.json", "model.safetensors"
+    page = f"https://huggingface.co/{repository}/tree/{revision}"
+    with one_line(repository, f"download {' and '.join(files)} from {page}, and name their folder"):
+        for file in files:
             path = huggingface_hub.hf_hub_download(repository, file, revision=revision)
-    except Exception as error:  # as many ways to fail as there are libraries below
-        page = f"https://huggingface.co/{repository}/tree/{revision}"
-        mend = f"download these two files of {page} into a folder, and name that instead of {name}"
-        raise no_hub(f"config.json and model.safetensors of {repository}", error, mend) from None
     return Path(path).parent
 
 
-def tensor_names(num_layers):
-    """{our name of a tensor: theirs}, for a model of so many blocks."""
-    names = dict(OUTSIDE)
+def tensors_of(num_layers):
+    """(our name, theirs, whether theirs is transposed) of each tensor of so many blocks."""
+    found = [(ours, theirs, False) for ours, theirs in OUTSIDE.items()]
     for layer in range(num_layers):
         for ours, theirs in OF_A_BLOCK.items():
-            for kind in ("weight", "bias"):
-                names[f"blocks.{layer}.{ours}.{kind}"] = f"h.{layer}.{theirs}.{kind}"
-    return names
-
-
-def turned(name, tensor):
-    """A tensor of ours as theirs, and back: the blocks' matrices are transposed."""
-    matrix = name.startswith("blocks.") and tensor.dim() == 2
-    return tensor.t().contiguous() if matrix else tensor
+            ours, theirs = f"blocks.{layer}.{ours}", f"h.{layer}.{theirs}"
+            found.append((f"{ours}.weight", f"{theirs}.weight", "norm" not in ours))
+            found.append((f"{ours}.bias", f"{theirs}.bias", False))
+    return found
 
 
 # --- reading
 
 
 def read_folder(folder):
-    """The checkpoint's dict of a folder as save_pretrained() writes it. Raises UserError."""
+    """The checkpoint's dict of a folder that transformers wrote. Raises UserError."""
+    from safetensors import SafetensorError
+
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = SAME | config  # what it leaves out is GPT-2's
-        if others := [f"{name} {found[name]}" for name in SAME if found[name] != SAME[name]]:
-            raise UserError(f"{folder} holds another model than GPT-2: {', '.join(others)}")
-        args = model_args(config)
-        model = read_tensors(folder, args)
-    except UserError:
-        raise
-    except Exception as error:  # a file that is missing or damaged, a tensor that is not there
+        check_tokenizer(folder)
+        args = model_args(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        model = our_weights(read_tensors(folder), args)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise UserError(
-            f"{folder} does not hold GPT-2's config.json and model.safetensors, as transformers' "
-            f"save_pretrained writes them ({first_line(error)}); of a run, name the file best.pt"
+            f"cannot read GPT-2 from {folder}: {error}; name a folder as transformers' "
+            "save_pretrained writes it, or a run's best.pt"
         ) from None
     return dict(model=model, model_args=args, tokenizer="gpt2", separator="endoftext", step=0)
 
 
 def model_args(config):
-    """LanguageModel's arguments for their config.json."""
-    args = {ours: config.get(theirs) for ours, theirs in SIZES.items()}
-    args["d_ff"] = args["d_ff"] or 4 * args["d_model"]
+    """LanguageModel's arguments for their config.json, a dict. Raises ValueError."""
+    config = DEFAULTS | SAME | config
+    wrong = [f"{name} {config[name]}" for name in SAME if config[name] != SAME[name]]
+    if wrong:
+        raise ValueError(f"config.json has {', '.join(wrong)}")
+    args = {ours: config[theirs] for ours, theirs in SIZES.items() if config.get(theirs)}
+    args = {"d_ff": 4 * args["d_model"]} | args
+    if args["d_model"] % args["num_heads"]:
+        raise ValueError(f"n_head {args['num_heads']} does not divide n_embd {args['d_model']}")
+    # a larger vocabulary is GPT-2's with rows that pad it
+    args["vocab_size"] = min(args["vocab_size"], VOCAB_SIZE)
     return args | dict(block="gpt2", head_bias=False)
 
 
-def read_tensors(folder, args):
-    """A folder's weights, a state_dict of ours in float32; the head's bias is zero."""
+def read_tensors(folder):
+    """{name: tensor} of model.safetensors, else of the files that its index names."""
     from safetensors.torch import load_file
 
-    found = {}
-    for path in folder.glob("*.safetensors"):  # large models come in several
-        for name, tensor in load_file(path).items():
-            found[name.removeprefix("transformer.")] = tensor
-    names = tensor_names(args["num_layers"])
-    state = {ours: turned(ours, found[theirs]).float() for ours, theirs in names.items()}
-    return state | {"head_bias": torch.zeros(args["vocab_size"])}
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return load_file(whole)
+    if not index.exists() and any(folder.glob("pytorch_model*")):
+        load = f"from transformers import GPT2LMHeadModel as M; M.from_pretrained('{folder}')"
+        convert = f"{python()} -c \"{load}.save_pretrained('{folder}')\""
+        raise ValueError(f"pytorch_model.bin is not read; convert it: `{convert}`")
+    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    tensors = {file: load_file(folder / file) for file in set(files.values())}
+    return {name: tensors[file][name] for name, file in files.items()}
+
+
+def our_weights(tensors, args):
+    """Their tensors as a state_dict of ours in float32; the head's bias is zero. Raises ValueError
+    for one that is not there, or not of the size that args say."""
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    state = {"head_bias": torch.zeros(args["vocab_size"])}
+    for ours, theirs, transposed in tensors_of(args["num_layers"]):
+        if theirs not in tensors:
+            raise ValueError(f"it has no tensor {theirs}")
+        tensor = tensors[theirs].float()
+        state[ours] = tensor.t().contiguous() if transposed else tensor
+    # rows that pad GPT-2's vocabulary are left out
+    state["token_embedding.weight"] = state["token_embedding.weight"][: args["vocab_size"]]
+    for ours, rows in ("token_embedding", "vocab_size"), ("position_embedding", "max_seq_len"):
+        size, wanted = list(state[f"{ours}.weight"].shape), [args[rows], args["d_model"]]
+        if size != wanted:
+            theirs = OUTSIDE[f"{ours}.weight"]
+            raise ValueError(f"{theirs} has size {size} where config.json gives {wanted}")
+    return state
+
+
+def check_tokenizer(folder):
+    """Raise ValueError if a tokenizer lies in a folder and its merges are not GPT-2's, which give
+    all of its ids."""
+    lines, path = [], folder / "merges.txt"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").strip("\n").split("\n")[1:]
+    elif (path := folder / "tokenizer.json").exists():
+        merges = json.loads(path.read_text(encoding="utf-8"))["model"]["merges"]
+        lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    elif (folder / "vocab.json").exists():
+        raise ValueError("vocab.json lies there without its merges.txt")
+    if lines and hashlib.sha256("\n".join(lines).encode()).hexdigest() != MERGES:
+        raise ValueError(f"{path.name} is of another tokenizer than GPT-2's")
 
 
 # --- writing
@@ -135,8 +191,10 @@ def write_folder(model, folder):
     new or empty. Raises UserError."""
     from safetensors.torch import save
 
-    state, names = model.state_dict(), tensor_names(model.args["num_layers"])
-    tensors = {f"transformer.{names[name]}": turned(name, state[name]) for name in names}
+    state, tensors = model.state_dict(), {}
+    for ours, theirs, transposed in tensors_of(model.args["num_layers"]):
+        tensor = state[ours].t().contiguous() if transposed else state[ours]
+        tensors[f"transformer.{theirs}"] = tensor
     content = save(tensors, {"format": "pt"})
     try:
         os.makedirs(folder, exist_ok=True)

@@ -1,4 +1,4 @@
-"""CUDA graphs: work that is recorded once, and from then on launched as one."""
+"""CUDA graphs: work that is captured once, and from then on launched as one."""
 
 import contextlib
 
@@ -6,14 +6,14 @@ import torch
 
 from lab.console import first_line, warn
 
-WARM_UP = 3  # times that work is done before it is recorded: compilation, allocations, libraries
+WARM_UP = 3  # times that work is done before it is captured: compilation, allocations, libraries
 
 
-class Recorder:
-    """Records functions as CUDA graphs, on one stream and in one pool of memory.
+class Capture:
+    """Captures functions as CUDA graphs, on one stream and in one pool of memory.
 
-    A function that is recorded takes no arguments, and reads and writes tensors that stay where
-    they are. On a CPU it is its own recording: there tests run what a graph would hold.
+    A function that is captured takes no arguments, and reads and writes tensors that stay where
+    they are. On a CPU it stays what it is: there tests run what a graph would hold.
     """
 
     def __init__(self, device):
@@ -23,7 +23,7 @@ class Recorder:
             self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, function):
-        """Call function() a few times, as it will be recorded."""
+        """Call function() a few times, as it will be captured."""
         if self.stream is None:
             function()
             return
@@ -33,25 +33,25 @@ class Recorder:
                 function()
         torch.cuda.current_stream().wait_stream(self.stream)
 
-    def record(self, function):
+    def capture(self, function):
         """A function that does what function() does, by one launch. Raises RuntimeError where that
-        cannot be recorded: it waits for the GPU, for instance."""
+        cannot be captured: it waits for the GPU, for instance."""
         if self.stream is None:
             return function
         graph = torch.cuda.CUDAGraph()
         # the mode: other threads may use CUDA meanwhile
-        capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
-        # a recording that fails would leave its stream the current one
-        with torch.cuda.stream(self.stream), capture:
+        scope = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
+        # a capture that fails would leave its stream the current one
+        with torch.cuda.stream(self.stream), scope:
             function()
         return graph.replay
 
     def give_up(self, error):
-        """Leave the device as it was before a recording that failed. Returns why, as a phrase."""
+        """Leave the device as it was before a capture that failed. Returns why, as a phrase."""
         if self.stream is not None:
             index = self.stream.device_index
             torch.cuda.synchronize()
-            # the random numbers' state still counts as being recorded, and would refuse to be used
+            # the random numbers' state still counts as being captured, and would refuse to be used
             generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(torch.Generator(self.device).graphsafe_get_state())
             # so does the memory, before torch 2.12 (pytorch#180395), and would not be given back
@@ -61,12 +61,12 @@ class Recorder:
         return first_line(error)[:150]
 
 
-def recorded(function, device):
-    """A function as one CUDA graph; as it is, with a warning, where it cannot be recorded."""
-    recorder = Recorder(device)
+def captured(function, device):
+    """A function as one CUDA graph; as it is, with a warning, where it cannot be captured."""
+    capture = Capture(device)
     try:
-        recorder.warm_up(function)
-        return recorder.record(function)
+        capture.warm_up(function)
+        return capture.capture(function)
     except RuntimeError as error:
-        warn(f"no CUDA graph ({recorder.give_up(error)}); going on without")
+        warn(f"no CUDA graph ({capture.give_up(error)}); going on without")
         return function

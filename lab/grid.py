@@ -1,15 +1,15 @@
 """A sweep's folder: its runs, those that differ by seed alone put together, and what they say.
 Needs no torch."""
 
+import hashlib
 import math
 import statistics
 from pathlib import Path
+from urllib.parse import quote
 
 from lab.folder import read_json
-from lab.notebook import Run, figure, table
+from lab.notebook import Record, figure, table
 
-# the settings that say when a run is over
-LENGTHS = "epochs", "max_steps", "max_hours", "patience"
 # Student's t, two-sided at 95 %, for 1, 2, ... degrees of freedom; the last stands for all above
 STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
 
@@ -17,24 +17,34 @@ STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
 class Trial:
     """One run of a sweep, as its folder tells it."""
 
-    def __init__(self, folder, settings, config):
-        """settings: those that vary, {name: value}. config: all, as the sweep wants them."""
-        self.folder, self.settings, self.config = folder, settings, config
+    def __init__(self, folder, settings, steps, config=None):
+        """settings: those that vary, {name: value}. steps: as many as the sweep asks for, None
+        where it does not say. config: the run's Config, for who starts it."""
+        self.folder, self.settings, self.steps, self.config = folder, settings, steps, config
         self.look()
 
-    def look(self):
-        """Read the folder anew: the steps done, the state, and the loss once it is finished."""
-        self.run = Run(self.folder)
-        lines = self.run.training + self.run.evaluations
+    def look(self, exit_code=None):
+        """Read the folder anew: the steps done, the state, and the loss once it is finished.
+        exit_code: of the run's process, which has ended."""
+        self.record = Record(self.folder)
+        lines = self.record.training + self.record.evaluations
         self.done = max((line["step"] for line in lines), default=0)
-        had = self.run.about.get("config", {})  # fewer steps, maybe, than are wanted now
-        is_whole = all(had.get(name) == self.config[name] for name in LENGTHS)
         self.loss = None
         self.state = f"not finished, step {self.done:,}" if self.done else "not begun"
-        if self.run.final and self.run.evaluations and is_whole:
-            self.state, self.loss = "finished", self.run.best()["val_loss"]
+        if self.record.final and self.record.evaluations:
+            planned = self.record.metadata.get("steps")
+            if self.steps in (None, planned):
+                self.state, self.loss = "finished", self.record.best()["val_loss"]
+            else:
+                self.state = f"has {planned:,} steps, the sweep asks for {self.steps:,}"
         elif error := last_error(self.folder):
             self.state = f"failed: {error}"
+        elif exit_code:
+            self.state = f"failed: exit code {exit_code}"
+
+    def is_over(self):
+        """Whether there is nothing to run: it is finished, or has taken more steps."""
+        return self.loss is not None or (bool(self.record.final) and self.done > self.steps)
 
 
 def last_error(folder):
@@ -53,8 +63,16 @@ def is_sweep(folder):
 def read_trials(folder):
     """The Trials of a sweep's folder."""
     sweep = read_json(f"{folder}/sweep.json")
-    runs = sweep["runs"].items()
-    return [Trial(f"{folder}/{name}", s, sweep["config"] | s) for name, s in runs]
+    steps = sweep.get("steps", {})
+    return [Trial(f"{folder}/{name}", s, steps.get(name)) for name, s in sweep["runs"].items()]
+
+
+def folder_name(settings):
+    """The name of a run's folder: what varies, cut where a file system takes no longer one."""
+    name = quote(label(settings), safe="=,+")
+    return (
+        name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
+    )
 
 
 # --- runs that differ by seed alone

@@ -3,7 +3,6 @@
 Shapes: B sequences, T tokens, D = d_model, H heads, V = vocab_size; N = B * T rows.
 """
 
-import functools
 import math
 
 import torch
@@ -81,15 +80,74 @@ def head_rows(device_type, vocab_size, N):
     return rows, min(rows, 32 if device_type == "cpu" else 512)
 
 
-def softmax_in_place(logits, bias, targets, gradients, room):
+def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
+    """The head and its cross-entropy, in chunks of rows, so that the (N, V) logits never exist.
+
+    x (N, D); weight (V, D) and bias (V,) float32; targets (N,) int64. Matmuls are in autocast's
+    dtype where autocast is on; bias, softmax and every sum are in float32. compiled_softmax:
+    softmax_loss, compiled. Returns the losses (N,) float32, nats, and the gradients of their sum in
+    x, weight and bias, None without `gradients`. The idea of forming gradients in the forward pass
+    is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
+    """
+    kind, V = x.device.type, len(weight)
+    is_low = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_low else weight.dtype
+    # matmul kernels want a multiple of 64; the words that are none get a bias of -inf
+    padded = -(-V // 64) * 64
+    with torch.autocast(kind, enabled=False):
+        low_weight = F.pad(weight.to(dtype), (0, 0, 0, padded - V))
+        bias = F.pad(bias, (0, padded - V), value=-math.inf)
+        operands = x.to(dtype), low_weight, bias, targets, gradients
+        if kind == "cpu":
+            losses, *sums = head_on_cpu(*operands)
+        else:
+            losses, *sums = head_on_gpu(*operands, compiled_softmax or softmax_loss)
+    if not gradients:
+        return losses, None, None, None
+    grad_x, grad_weight, grad_bias = sums
+    return losses, grad_x.to(x.dtype), grad_weight[:V], grad_bias[:V]
+
+
+def head_on_cpu(x, weight, bias, targets, gradients):
+    """head_loss() with operands in one dtype and a padded vocabulary. Here a softmax is fast where
+    its rows stay in the cache, and fresh memory is slow."""
+    N, V = len(x), len(weight)
+    full = bias.dtype
+    rows, block = head_rows("cpu", V, N)
+    losses = x.new_empty(N, dtype=full)
+    logits = x.new_empty(rows, V)
+    scratch = None if x.dtype == full else x.new_empty(block, V, dtype=full)
+    grad_x, grad_bias = torch.empty_like(x), torch.zeros_like(bias)
+    grad_weight = product = None
+    for start in range(0, N, rows):
+        xs = x[start : start + rows]
+        chunk = torch.mm(xs, weight.t(), out=logits[: len(xs)])
+        parts = chunk, losses[start : start + rows], targets[start : start + rows]
+        for low, loss, target in zip(*(t.split(block) for t in parts), strict=True):
+            loss[:], sums = softmax_in_place(low, bias, target, gradients, scratch)
+            if gradients:
+                grad_bias += sums
+        if gradients:
+            # the chunk holds the logits' gradients now
+            grad_x[start : start + rows] = chunk @ weight
+            product = torch.mm(chunk.t(), xs, out=product)
+            if grad_weight is None:  # the first is the sum so far
+                grad_weight, product = product.to(full), None
+            else:  # a sum of two dtypes makes a copy first, so that it is done in bands
+                for into, part in zip(grad_weight.split(4096), product.split(4096), strict=True):
+                    into += part
+    return losses, grad_x, grad_weight, grad_bias
+
+
+def softmax_in_place(logits, bias, targets, gradients, scratch):
     """The losses of rows of logits, and the gradients of their sum.
 
     logits (n, V), bias (V,), targets (n,). Returns (losses (n,) in nats, the bias's gradient (V,)).
     With `gradients` the logits' own gradients take the logits' place; without, the bias's is None.
-    room: float32 memory (at least n, V) to work in, None to work in the logits themselves. With
-    fresh memory all of this would take a CPU more than twice as long.
+    scratch: float32 memory (at least n, V) to work in, None to work in the logits themselves. With
+    fresh memory all of this would take more than twice as long.
     """
-    p = (logits if room is None else room[: len(logits)].copy_(logits)).add_(bias)
+    p = (logits if scratch is None else scratch[: len(logits)].copy_(logits)).add_(bias)
     picked, top = p.gather(1, targets[:, None]), p.amax(1, keepdim=True)
     torch.softmax(p, 1, out=p)
     # the likeliest word's probability is at least 1 / V, so that its log is exact: log-sum-exp is
@@ -99,9 +157,42 @@ def softmax_in_place(logits, bias, targets, gradients, room):
         return losses, None
     # a logit's gradient is its probability, less one at the target
     p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1))
-    if room is not None:
+    if scratch is not None:
         logits.copy_(p)
     return losses, p.sum(0)
+
+
+def head_on_gpu(x, weight, bias, targets, gradients, softmax):
+    """head_loss() with operands in one dtype and a padded vocabulary. softmax: softmax_loss, which
+    takes a whole chunk at once where it is compiled."""
+    N, V = len(x), len(weight)
+    rows, block = head_rows(x.device.type, V, N)
+    block = block if softmax is softmax_loss else rows
+    # on MPS sums over 32,767 and more can be wrong (pytorch#177116)
+    words = 16384 if x.device.type == "mps" else V
+    losses = x.new_empty(N, dtype=bias.dtype)
+    logits = x.new_empty(rows, V)
+    grad_x, grad_bias = torch.empty_like(x), torch.zeros_like(bias)
+    grad_weight = product = None
+    for start in range(0, N, rows):
+        xs = x[start : start + rows]
+        chunk = torch.mm(xs, weight.t(), out=logits[: len(xs)])
+        parts = chunk, losses[start : start + rows], targets[start : start + rows]
+        for low, loss, target in zip(*(t.split(block) for t in parts), strict=True):
+            loss[:], sums = softmax(low, bias, target, gradients)
+            if gradients:
+                grad_bias += sums
+        if gradients:
+            # the chunk holds the logits' gradients now
+            grad_x[start : start + rows] = chunk[:, :words] @ weight[:words]
+            for i in range(words, V, words):
+                grad_x[start : start + rows] += chunk[:, i : i + words] @ weight[i : i + words]
+            product = torch.mm(chunk.t(), xs, out=product)
+            if grad_weight is None:  # the first is the sum so far
+                grad_weight, product = product.to(bias.dtype), None
+            else:
+                grad_weight += product
+    return losses, grad_x, grad_weight, grad_bias
 
 
 def softmax_loss(logits, bias, targets, gradients):
@@ -118,66 +209,6 @@ def softmax_loss(logits, bias, targets, gradients):
     p = p / total - (words == targets[:, None]).to(p.dtype)
     logits.copy_(p)
     return losses, p.sum(0)
-
-
-def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
-    """The head and its cross-entropy, in chunks of rows, so that the (N, V) logits never exist.
-
-    x (N, D); weight (V, D) and bias (V,) float32; targets (N,) int64. Matmuls are in autocast's
-    dtype where autocast is on; bias, softmax and every sum are in float32. compiled_softmax:
-    softmax_loss, compiled. Returns the losses (N,) float32, nats, and the gradients of their sum in
-    x, weight and bias, None without `gradients`. The idea of forming gradients in the forward pass
-    is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
-    """
-    kind, N, V = x.device.type, len(x), len(weight)
-    on = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if on else weight.dtype
-    full = torch.promote_types(dtype, torch.float32)
-    rows, block = head_rows(kind, V, N)
-    # matmul kernels want a multiple of 64; the words that are none get a bias of -inf
-    padded = -(-V // 64) * 64
-    # on MPS sums over 32,767 and more can be wrong (pytorch#177116)
-    words = 16384 if kind == "mps" else padded
-    # on a CPU a sum of two dtypes makes a copy first, so that it is done in bands
-    band = 4096 if kind == "cpu" else padded
-    with torch.autocast(kind, enabled=False):
-        low_x = x.to(dtype)
-        low_weight = F.pad(weight.to(dtype), (0, 0, 0, padded - V))
-        bias = F.pad(bias, (0, padded - V), value=-math.inf)
-        losses = x.new_empty(N, dtype=full)
-        logits = x.new_empty(rows, padded, dtype=dtype)
-        if compiled_softmax:  # it needs no memory of its own
-            softmax, block = compiled_softmax, rows
-        else:
-            room = None if dtype == full else x.new_empty(block, padded, dtype=full)
-            softmax = functools.partial(softmax_in_place, room=room)
-        if gradients:
-            grad_x, grad_bias = torch.empty_like(x), torch.zeros_like(bias)
-            grad_weight = product = None
-        for start in range(0, N, rows):
-            xs = low_x[start : start + rows]
-            chunk = torch.mm(xs, low_weight.t(), out=logits[: len(xs)])
-            parts = chunk, losses[start : start + rows], targets[start : start + rows]
-            for low, loss, target in zip(*(t.split(block) for t in parts), strict=True):
-                loss[:], sums = softmax(low, bias, target, gradients)
-                if gradients:
-                    grad_bias += sums
-            if gradients:
-                # the chunk holds the logits' gradients now
-                grad_x[start : start + rows] = chunk[:, :words] @ low_weight[:words]
-                for i in range(words, padded, words):
-                    part = chunk[:, i : i + words] @ low_weight[i : i + words]
-                    grad_x[start : start + rows] += part
-                product = torch.mm(chunk.t(), xs, out=product)
-                if grad_weight is None:  # the first is the sum so far
-                    grad_weight, product = product.to(full), None
-                else:
-                    bands = zip(grad_weight.split(band), product.split(band), strict=True)
-                    for into, part in bands:
-                        into += part
-    if not gradients:
-        return losses, None, None, None
-    return losses, grad_x, grad_weight[:V], grad_bias[:V]
 
 
 class HeadLoss(torch.autograd.Function):

@@ -1,14 +1,13 @@
 """Where a process runs: its device, the dtype of its matmuls, its place among the ranks."""
 
 import contextlib
+import math
 import os
 import platform
 import re
-import signal
 import sys
 import time
 import traceback
-import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from lab.console import UserError, cpu_cores, first_line, torchrun
-from lab.dtype import choose_dtype  # noqa: F401
 
 
 @dataclass
@@ -34,16 +32,6 @@ class Machine:
     def __str__(self):
         why = f" ({self.why})" if self.why else ""
         return f"{self.world} x {self.device.type}, {str(self.dtype)[6:]}{why}"
-
-    def keep_dtype(self, config, found):
-        """Go on in the dtype of a run's checkpoint, unless the user names one; a line says where it
-        changes."""
-        before = found["config"]["dtype"]
-        if config.dtype == "auto" and found.get("device") == self.device.type:
-            self.dtype, self.why = getattr(torch, before), ""
-        now = str(self.dtype)[6:]
-        if before not in ("auto", now):
-            self.say(f"the matmuls were in {before} until here, and are in {now} from here on")
 
     def device_name(self):
         """The processor's name, and how many cores this process uses of it."""
@@ -188,7 +176,7 @@ def choose_device(config, ranks):
             "there are"
         )
     if config.cuda_graph and kind != "cuda":
-        raise UserError(f"cuda_graph wants a CUDA device, and this is {kind}; leave it out")
+        raise UserError(f"cuda_graph needs a CUDA device, and this is {kind}; leave it out")
     if kind == "mps" and ranks.world > 1:
         raise UserError("mps takes one process; leave torchrun out, or add --device cpu")
     if config.batch_size < ranks.world:
@@ -201,82 +189,42 @@ def choose_device(config, ranks):
     return torch.device("cuda", int(index) if index and ranks.world == 1 else ranks.local_rank)
 
 
-def this_start(store, ranks, seconds):
-    """The part of torchrun's store that is this start's own.
-
-    After a restart the store still holds the addresses of ranks that are dead, and a rank that
-    reads one before its new owner has written there connects to nobody (pytorch#135712; counting
-    restarts does not help, since machines count differently). So rank 0 draws a name, every other
-    rank answers under it with one of its own, and goes on only when rank 0 has repeated that.
-    Raises UserError after `seconds`.
-    """
-    mine, end, missing = uuid.uuid4().hex, time.monotonic() + seconds, 0
-    try:
-        if ranks.rank == 0:
-            store.set("start", mine)
-            answers = []
-            for missing in range(1, ranks.world):
-                answers.append(store.get(f"{mine}/{missing}").decode())  # waits
-            store.set(f"{mine}/go", " ".join(answers))
-            return dist.PrefixStore(mine, store)
-        while time.monotonic() < end:
-            start = store.get("start").decode()
-            store.set(f"{start}/{ranks.rank}", mine)
-            if store.check([f"{start}/go"]) and mine in store.get(f"{start}/go").decode():
-                return dist.PrefixStore(start, store)
-            time.sleep(0.05)
-    except RuntimeError:  # the store's time-out, or the store itself has gone
-        pass
-    raise UserError(
-        f"rank {missing} has not begun within {seconds:g} s; start all ranks together, or raise "
-        "--rank_timeout"
-    )
+def choose_dtype(config, machine):
+    """(the compute dtype of a run, why, as a phrase, "" where there is nothing to say)."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), ""
+    if machine.device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16, ""
+    if machine.device.type != "cpu" or not has_bfloat16():
+        return torch.float32, ""
+    # a CPU that has the instruction may still be slower with it
+    rows, D, F = 1024, min(config.d_model, 4096), min(config.d_ff, 4096)
+    x, weight = torch.randn(rows, D), torch.randn(D, F)
+    low_x, low_weight = x.bfloat16(), weight.bfloat16()
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(3):
+        for left, right in ((x, weight), (low_x, low_weight)):
+            began = time.perf_counter()
+            for _ in range(max(1, 2**31 // (rows * D * F))):
+                left @ right
+            best[left.dtype] = min(best[left.dtype], 1000 * (time.perf_counter() - began))
+    full, low = best.values()
+    why = f"measured: float32 {full:.0f} ms, bfloat16 {low:.0f} ms"
+    return torch.bfloat16 if low < 0.9 * full else torch.float32, why
 
 
-def join(config, ranks, kind):
-    """Join the other ranks. Returns a group of its own for post_mortem(). Raises UserError."""
-    timeout = timedelta(minutes=config.rank_timeout)
-    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-    store = this_start(store, ranks, timeout.total_seconds())
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        timeout=timeout,
-        store=store,
-        rank=ranks.rank,
-        world_size=ranks.world,
-    )
-    return dist.new_group(backend="gloo", timeout=min(timeout, timedelta(seconds=15)))
-
-
-def post_mortem(error, ranks, group, seconds):
-    """End this process after a RuntimeError among ranks, with what is known of it: an error of this
-    rank's own, or who does not answer within `seconds`. Never returns, since leaving the group
-    would wait for what the others began."""
-    words = "gloo|nccl|connection closed|timed out"
-    lost = isinstance(error, dist.DistError) or re.search(words, str(error), re.I)
-    if not lost:
-        traceback.print_exc()
-        os._exit(1)
-    missing = first_line(error)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank while it asks
-    try:
-        # in a group of its own, since the one that broke is of no more use
-        dist.monitored_barrier(group, timeout=timedelta(seconds=seconds), wait_all_ranks=True)
-    except RuntimeError as silent:
-        missing = str(silent).splitlines()[0]
-    print(
-        f"error: rank {ranks.rank} of {ranks.world} lost another rank ({missing}); the last "
-        "checkpoint is whole: start again with --resume, or use torchrun --max-restarts",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
+def has_bfloat16():
+    """Whether the CPU multiplies bfloat16 by itself. Emulated it is slower than float32."""
+    supported = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    known = [getattr(torch.cpu, name, lambda: False) for name in supported]
+    return any(instruction() for instruction in known)
 
 
 @contextlib.contextmanager
 def open_machine(config):
-    """The Machine of this process; joins the ranks if torchrun started it, and leaves them. Raises
-    UserError."""
+    """The Machine of this process, in float32; joins the ranks if torchrun started it, and leaves
+    them. Raises UserError. A lost rank ends this one too: see end_of_ranks()."""
     # Huge pages for large tensors, read at the first allocation: a step's fresh buffers cost a
     # fifth as much to touch.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -288,14 +236,32 @@ def open_machine(config):
     if device.type == "cpu" and ranks.local_world > 1 and threads == "1":
         # torchrun would leave each process one
         torch.set_num_threads(max(1, cpu_cores() // ranks.local_world))
-    group = join(config, ranks, device.type) if ranks.world > 1 else None
     machine = Machine(device, torch.float32, ranks.rank, ranks.world, ranks.local_world)
+    if ranks.world == 1:
+        yield machine
+        return
     try:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=config.rank_timeout)
+        dist.init_process_group(backend, timeout=timeout)
         yield machine
     except RuntimeError as error:
-        if ranks.world == 1:
-            raise
-        post_mortem(error, ranks, group, seconds=min(10, 60 * config.rank_timeout))
+        end_of_ranks(error, ranks)
     finally:
-        if ranks.world > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def end_of_ranks(error, ranks):
+    """End this process, exit code 1, after a RuntimeError among ranks: with one line where another
+    rank is lost. Never returns, since leaving the group would wait for what the others began."""
+    words = "gloo|nccl|connection|timed out|timeout"
+    if isinstance(error, dist.DistError) or re.search(words, str(error), re.I):
+        print(
+            f"error: rank {ranks.rank} of {ranks.world} lost another rank ({first_line(error)}); "
+            "the last checkpoint is whole; start again with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        traceback.print_exc()
+    os._exit(1)

@@ -6,10 +6,9 @@ import torch
 
 
 def warmup_of(config, total_steps):
-    """Steps of warm-up: as configured, else 200 or a tenth of the run, whichever is less."""
-    if config.warmup_steps is None:
-        return min(200, total_steps // 10)
-    return config.warmup_steps
+    """Steps of warm-up: as configured, but at most a tenth of the run's, or one of two or more."""
+    most = max(total_steps // 10, min(total_steps - 1, 1))
+    return min(config.warmup_steps, most)
 
 
 def lr_at(step, config, total_steps):

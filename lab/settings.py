@@ -15,14 +15,15 @@ WORDS = {
 }  # fmt: skip
 
 
-def setting(default, help, low=None, below=None, choices=None, path=False, free=False):
+def setting(default, help, **more):
     """A dataclass field with its reason and unit, and the values that it allows.
 
     low, below: low <= value < below. choices: one of them. path: a leading ~ stands for the user's
-    home. free: a resumed run may have another value, since the experiment stays what it is.
+    home. free: a resumed run may have another value, since the experiment stays what it is. group:
+    the heading above it in --help.
     """
-    about = dict(help=help, low=low, below=below, choices=choices, path=path, free=free)
-    return dataclasses.field(default=default, metadata=about)
+    rest = dict(low=None, below=None, choices=None, path=False, free=False, group="")
+    return dataclasses.field(default=default, metadata=dict(help=help, **(rest | more)))
 
 
 def fields_of(cls):
@@ -37,16 +38,18 @@ def types_of(field):
 
 def from_text(field, text):
     """The value that `text` on the command line means for a field; text that fits none of its types
-    is left as it is, for check() to name."""
+    is left as it is, for problem_of() to name."""
     types = types_of(field)
     if bool in types or (type(None) in types and text.lower() in ("none", "auto")):
         return WORDS.get(text.lower(), text)
     if types == (str,):
         return text
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
-        return text
+        value = text
+    # one text is a tuple of one
+    return (text,) if tuple in types and not isinstance(value, (tuple, list)) else value
 
 
 def as_meant(field, value):
@@ -65,9 +68,11 @@ def as_meant(field, value):
 
 
 def did_you_mean(word, known):
-    """A hint at the nearest known word, as a phrase in brackets; "" if none is near."""
-    near = difflib.get_close_matches(str(word), known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    """A hint at the known word that is nearest or that `word` abbreviates, as a phrase in brackets;
+    "" if there is none."""
+    initials = {"".join(part[0] for part in name.split("_") if part): name for name in known}
+    near = difflib.get_close_matches(str(word), known, n=1) or [initials.get(word)]
+    return f" (did you mean {near[0]}?)" if near[0] else ""
 
 
 def problem_of(field, value):
@@ -75,8 +80,7 @@ def problem_of(field, value):
     name, types, about = field.name, types_of(field), field.metadata
     fits = isinstance(value, types) or (float in types and isinstance(value, int))
     if not fits or (isinstance(value, bool) and bool not in types):
-        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-        return f"{name} takes {wanted}, not {value!r}"
+        return f"{name} takes {names_of(types)}, not {value!r}"
     if value is None:
         return ""
     if about["choices"] and value not in about["choices"]:
@@ -87,6 +91,11 @@ def problem_of(field, value):
         limit = f" and below {below}" if below else ""
         return f"{name} must be finite, at least {low}{limit}, not {value}"
     return ""
+
+
+def names_of(types):
+    """Types as a phrase: int or None."""
+    return " or ".join("None" if t is type(None) else t.__name__ for t in types)
 
 
 def check(cls, values):
@@ -117,31 +126,38 @@ def split_words(cls, argv, lists=()):
             alone.append(word)
             continue
         name, equals, text = word[2:].partition("=")
+        field, follows = fields.get(name), words and not words[0].startswith("--")
+        is_bool = field and bool in types_of(field)
         if not equals:
             # a bool may stand bare, so that it takes the next word only if that is a bool's
-            bare = name in fields and bool in types_of(fields[name])
-            follows = words and not words[0].startswith("--")
-            if follows and (not bare or WORDS.keys() >= set(words[0].lower().split(","))):
+            if follows and (not is_bool or WORDS.keys() >= set(words[0].lower().split(","))):
                 text = words.pop(0)
-            elif bare:
+            elif is_bool:
                 text = "True"
-            else:
+            elif field:
                 problems.append(f"--{name} needs a value")
                 continue
-        values[name] = from_text(fields[name], text) if name in fields else text
-        if name in lists:
-            values[name] = [from_text(fields[name], part) for part in text.split(",")]
+        if field and name in lists:
+            values[name] = [from_text(field, part) for part in text.split(",")]
+        else:
+            values[name] = from_text(field, text) if field else text
     return alone, values, problems
 
 
 def show_help(cls, usage):
-    """Print a command's usage and every setting of cls with its default and reason; exit 0."""
-    print(f"usage: {usage}\n")
-    print("Settings, with their defaults; a bare --setting of type bool means True:\n")
-    for name, field in fields_of(cls).items():
-        choices = field.metadata["choices"]
-        chosen = f" [{' | '.join(choices)}]" if choices else ""
-        print(f"  --{name} {field.default!r}\n        {field.metadata['help']}{chosen}")
+    """Print a command's usage and every setting of cls with its default and reason; exit 0. The
+    command's own come first, then a run's by their groups."""
+    print(
+        f"usage: {usage}\n\nSettings, with their defaults; a bare --setting of type bool is True:"
+    )
+    fields = fields_of(cls)
+    own = [name for name in fields if name in vars(cls).get("__annotations__", {})]
+    for name in own + [name for name in fields if name not in own]:
+        about = fields[name].metadata
+        if about["group"]:
+            print(f"\n{about['group']}:\n")
+        chosen = f" [{' | '.join(about['choices'])}]" if about["choices"] else ""
+        print(f"  --{name} {fields[name].default!r}\n        {about['help']}{chosen}")
     sys.exit(0)
 
 

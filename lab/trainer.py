@@ -8,9 +8,10 @@ import warnings
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from lab.console import first_line
-from lab.graph import Recorder
+from lab.graph import Capture
 from lab.optimizer import lr_at, make_optimizers
 
 
@@ -69,7 +70,9 @@ class Trainer:
             model.compile_parts()
         alone = machine.device.type == "cuda" and machine.world == 1
         self.graphed = not half and (alone if config.cuda_graph is None else config.cuda_graph)
-        self.forward = model  # over ranks DDP, see eager()
+        self.forward = model  # over ranks DDP, which averages their gradients
+        if machine.world > 1 and not self.graphed:
+            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.take = None  # what takes a step, from the first one on
 
     def step(self, i):
@@ -80,32 +83,25 @@ class Trainer:
         """
         if self.take:
             return self.take(i)
-        # the first step compiles and records
+        # the first step compiles and captures
         slow, began = self.compiled or self.graphed, time.perf_counter()
         if slow:
-            work = ["compiling"] * self.compiled + ["recording a CUDA graph"] * self.graphed
+            work = ["compiling"] * self.compiled + ["capturing a CUDA graph"] * self.graphed
             self.machine.say(f"{' and '.join(work)}, which takes up to a minute")
-        self.take = self.recorded() if self.graphed else self.eager()
+        self.take = self.captured_step() if self.graphed else self.eager_step
         result = self.take(i)
         if slow:
             self.machine.wait()
             self.machine.say(f"done in {time.perf_counter() - began:,.0f} s")
         return result
 
-    def eager(self):
-        """The step that is launched operation by operation."""
-        if self.machine.world > 1:  # DDP averages the ranks' gradients
-            ddp = torch.nn.parallel.DistributedDataParallel
-            self.forward = ddp(self.model, gradient_as_bucket_view=True)
-        return self.eager_step
-
-    def recorded(self):
+    def captured_step(self):
         """The step as a CUDA graph, or the eager one, with a line, where that fails on any rank."""
-        recorder, step, why = Recorder(self.machine.device), None, ""
+        capture, step, why = Capture(self.machine.device), None, ""
         try:
-            step = GraphedStep(self, recorder)
+            step = GraphedStep(self, capture)
         except RuntimeError as error:
-            why = recorder.give_up(error)
+            why = capture.give_up(error)
         failed = [reason for reason in self.machine.gather(why) if reason]
         if not failed:
             return step
@@ -114,7 +110,9 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         for group in self.groups():
             as_eager(group)
-        return self.eager()
+        if self.machine.world > 1:
+            self.forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        return self.eager_step
 
     # --- what a step is made of
 
@@ -227,8 +225,8 @@ class GraphedStep:
     and the learning rates.
     """
 
-    def __init__(self, trainer, recorder):
-        """Record the step; no weight changes. Raises RuntimeError where that fails."""
+    def __init__(self, trainer, capture):
+        """Capture the step; no weight changes. Raises RuntimeError where that fails."""
         self.trainer = trainer
         device, world = trainer.machine.device, trainer.machine.world
         if trainer.tokens.device.type != device.type:
@@ -250,12 +248,12 @@ class GraphedStep:
             self.update(dry)
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*capturable=True")  # a warm-up is not a recording
-            recorder.warm_up(lambda: whole(dry=True))
+            warnings.filterwarnings("ignore", ".*capturable=True")  # a warm-up is no capture
+            capture.warm_up(lambda: whole(dry=True))
         if world == 1:
-            self.parts = [recorder.record(whole)]
+            self.parts = [capture.capture(whole)]
         else:
-            first, last = recorder.record(self.backward), recorder.record(self.update)
+            first, last = capture.capture(self.backward), capture.capture(self.update)
             self.parts = [first, self.sum_over_ranks, last]
 
     def __call__(self, i):

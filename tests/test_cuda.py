@@ -16,7 +16,7 @@ from config import load_config
 from lab import kernels
 from lab.data import Batches
 from lab.folder import load_checkpoint
-from lab.generate import Sampling, generate
+from lab.generate import SamplingOptions, Texts
 from lab.kernels import HeadLoss, head_loss, softmax_loss
 from lab.machine import Machine
 from lab.trainer import Trainer
@@ -229,10 +229,13 @@ def test_text_is_the_cpu_s(tiny, capsys):
     best = LanguageModel.from_checkpoint(load_checkpoint("out/tiny/best.pt"))
     prompts, texts = [[5], [7, 8, 9, 10]], []
     for device, graph in (("cpu", False), ("cuda", False), ("cuda", True)):
-        drawn = generate(best.to(device), prompts, 40, Sampling(0), graph=graph)
+        greedy = Texts(best.to(device), 2, SamplingOptions(0), graph)
+        drawn = greedy.generate(prompts, 40)
         texts.append([ids for ids, _ in drawn])
     assert texts[0] == texts[1] == texts[2]
-    how = Sampling(1.0, 20, 0.9, 1.3, seed=2)
-    one, two = (list(generate(best, prompts, 40, how, graph=graph)) for graph in (False, True))
-    assert [ids for ids, _ in one] == [ids for ids, _ in two]
+    options = SamplingOptions(1.0, 20, 0.9, 1.3, seed=2)
+    one, two = (Texts(best, 2, options, graph) for graph in (False, True))
+    for more in prompts, prompts[::-1]:  # a captured step serves other prompts, too
+        ids = [[ids for ids, _ in texts.generate(more, 40)] for texts in (one, two)]
+        assert ids[0] == ids[1]
     assert capsys.readouterr().err.count("no CUDA graph") == 0

@@ -10,8 +10,8 @@ import train
 from docs.experiments import collect, datasets, draw
 from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
-from lab.folder import load
-from lab.notebook import Run
+from lab.folder import load_checkpoint
+from lab.notebook import Record
 from model import LanguageModel
 
 
@@ -62,10 +62,12 @@ def test_a_run_is_collected_and_drawn(both, monkeypatch):
     assert kept[0] == whole[2] | {name: kept[0][name] for name in collect.MEANS}
     assert kept[0]["train_loss"] == pytest.approx(mean) and kept[3] == whole[9]
     assert metrics("kept/exp3", True) == metrics("out/exp3", True)
-    assert Run("kept/exp3").final == Run("out/exp3").final != {}
+    assert Record("kept/exp3").final == Record("out/exp3").final != {}
     assert "articles, not WikiText-103's own" in Path("kept/exp3/notebook.md").read_text()
-    model = LanguageModel.from_checkpoint(load("kept/exp3/best.pt"))
-    assert model.count() == LanguageModel.from_checkpoint(load("out/exp3/best.pt")).count()
+    model = LanguageModel.from_checkpoint(load_checkpoint("kept/exp3/best.pt"))
+    assert (
+        model.count() == LanguageModel.from_checkpoint(load_checkpoint("out/exp3/best.pt")).count()
+    )
 
     draw.draw_runs(["kept/exp3"], "runs.png")
     assert Path("runs.png").read_bytes().startswith(b"\x89PNG")

@@ -194,7 +194,7 @@ def test_after_a_few_such_steps_in_a_row_the_run_stops(tiny, capsys):
     assert train.main([*options, "--max_steps", "6"]) == 0
     poisoned = forbid(slice(0, VOCAB // 2))["model"]
     assert train.main([*options, "--max_steps", "20", "--resume"]) == 1
-    assert "at step 11 5 steps in a row" in capsys.readouterr().err
+    assert "step 11: " in capsys.readouterr().err
     checkpoint = load_checkpoint("out/tiny/last.pt")
     assert checkpoint["step"] == 11 and same(checkpoint["model"], poisoned)
 

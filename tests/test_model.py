@@ -241,38 +241,12 @@ def test_dropout_acts_in_training_alone(block):
 
 
 @BLOCKS
-def test_checkpoints_come_back_and_strangers_are_refused(block, tmp_path):
+def test_a_checkpoint_comes_back_and_another_model_s_is_refused(block, tmp_path):
     model, path = shaken(small(block=block)), tmp_path / "best.pt"
     save_checkpoint(dict(model=model.state_dict(), model_args=model.args, step=3), path)
-    rest = load_checkpoint(path)
-    again = LanguageModel.from_checkpoint(rest)
+    checkpoint = load_checkpoint(path)
     tokens = torch.randint(97, (1, 5))
-    assert torch.equal(again(tokens), model(tokens)) and rest["step"] == 3
-    whole = path.read_bytes()
-    for spoiled in (
-        b"",
-        whole[:1000],
-        whole[: len(whole) // 2],
-        b"text",
-        b"PK\x03\x04" + b"x" * 100,
-    ):
-        path.write_bytes(spoiled)
-        with pytest.raises(UserError, match="not a whole checkpoint"):
-            load_checkpoint(path)
-    save_checkpoint(dict(model={}, model_args={"width": 3}, step=3), path)
-    with pytest.raises(UserError, match="another model"):
-        LanguageModel.from_checkpoint(load_checkpoint(path))
-    torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="not a whole checkpoint"):
-        load_checkpoint(path)
-
-
-class Malice:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('executed')",)
-
-
-def test_loading_a_checkpoint_executes_nothing(tmp_path):
-    torch.save({"model": Malice(), "model_args": {}, "step": 0}, tmp_path / "bad.pt")
-    with pytest.raises(UserError, match="not a whole checkpoint"):
-        load_checkpoint(tmp_path / "bad.pt")
+    assert torch.equal(LanguageModel.from_checkpoint(checkpoint)(tokens), model(tokens))
+    for wrong in {"model_args": {"width": 3}}, {"model_args": model.args | {"d_model": 32}}:
+        with pytest.raises(UserError):
+            LanguageModel.from_checkpoint(checkpoint | wrong)

@@ -208,7 +208,7 @@ def test_a_run_that_is_alive_is_left_alone(tiny, script):
     assert train.main([tiny, "--max_steps", "9", "--resume"]) == 0
 
 
-@pytest.mark.parametrize("name", ["cost$5_vs_$6", "a|b", "two words", "日本", "line\nbreak"])
+@pytest.mark.parametrize("name", ["cost$5_vs_$6", "a|b", "two words", "日本"])
 def test_any_name_is_a_run_s_and_a_data_set_s(tiny, name, capsys):
     os.rename("data/tiny", f"data/{name}")
     words = [tiny, "--dataset", name, "--max_steps", "6", "--out_dir", f"out/{name}"]

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from lab.console import UserError, run
 from lab.data import Dataset, load_tokenizer
-from lab.encode import count_words
 from lab.folder import write_text, write_whole
 from lab.notebook import rounded
 from lab.settings import command_line, setting
+from lab.text import count_words
 from prepare import move_in
 
 TEXT = "tokens of English Wikipedia articles, not WikiText-103's own training text"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lab.notebook import Run
+from lab.notebook import Record
 
 HERE = Path(__file__).parent
 CONFIGS = {  # config: (label, colour, line)
@@ -32,7 +32,7 @@ APART = 0.17  # nats between the texts beside the last dots
 
 def draw_run(axes, run):
     """Draw a run's training losses as a line and its evaluations as dots."""
-    _, colour, line = CONFIGS[run.about["name"]]
+    _, colour, line = CONFIGS[run.metadata["name"]]
     training = [(x["tokens"], x["train_loss"]) for x in run.training if x["train_loss"]]
     evaluations = [(x["tokens"], x["val_loss"]) for x in run.evaluations]
     axes.plot(*zip(*training, strict=True), line, color=colour)
@@ -43,7 +43,7 @@ def name_runs(axes, runs):
     """Beside each run's last dot, its name and perplexity; from below, none on top of another."""
     height = -math.inf
     for run in sorted(runs, key=lambda run: run.evaluations[-1]["val_loss"]):
-        label, colour, _ = CONFIGS[run.about["name"]]
+        label, colour, _ = CONFIGS[run.metadata["name"]]
         last = run.evaluations[-1]
         height = max(height + APART, last["val_loss"])
         text = f"{label}: {last['val_ppl']:,.1f}"
@@ -64,7 +64,7 @@ def draw_recorded(axes):
 
 def draw_runs(folders, path):
     """Draw the runs in folders that collect.py has made."""
-    runs = [Run(folder) for folder in folders]
+    runs = [Record(folder) for folder in folders]
     picture = Figure(figsize=(8, 4.6), layout="constrained")
     axes = picture.subplots()
     for run in runs:
