@@ -14,7 +14,7 @@ import torch
 from lab.console import UserError, python
 from lab.data import VOCAB_SIZE
 from lab.folder import load_checkpoint, write_text, write_whole
-from lab.text import one_line
+from lab.text import no_hub
 
 # OpenAI's weights, each at the commit that they were looked up at
 HUB = {
@@ -81,9 +81,12 @@ def download(name):
     repository, revision = f"openai-community/{name}", HUB[name]
     files = "config.json", "model.safetensors"
     page = f"https://huggingface.co/{repository}/tree/{revision}"
-    with one_line(repository, f"download {' and '.join(files)} from {page}, and name their folder"):
+    try:
         for file in files:
             path = huggingface_hub.hf_hub_download(repository, file, revision=revision)
+    except Exception as error:
+        fix = f"download {' and '.join(files)} from {page}, and name their folder"
+        raise no_hub(repository, error, fix) from None
     return Path(path).parent
 
 
