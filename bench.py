@@ -70,13 +70,14 @@ def bench(config, machine, trainer):
     speeds = [trainer.batches.step_tokens / t for t in times]
     peak, median = statistics.mean(peaks), statistics.median(speeds)
     flops, parameters = trainer.model.flops_per_token(), trainer.model.count()["total"]
-    how = f"compiled {trainer.compiled}, one CUDA graph per step {trainer.graphed}"
+    how = "compiled" if trainer.compiled else "not compiled"
+    how += ", one CUDA graph per step" if trainer.graphed else ""
     machine.say(
         f"config       {config.name} on {machine}, {how}, {parameters:,} parameters\n"
         f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "
         f"{max(speeds):,.0f} over {config.steps} steps of {config.batch_size} x "
         f"{config.max_seq_len}, in forward passes of {trainer.micro}\n"
-        f"first step   {first:.1f} s, compilation included\n"
+        f"first step   {first:.1f} s\n"
         f"peak memory  {', '.join(f'{value / 1e9:.2f}' for value in memory)} GB per process\n"
         f"matmul peak  {peak / 1e9:,.0f} GFLOP/s in the faster dtype ({peaks[0] / 1e9:,.0f} "
         f"before, {peaks[1] / 1e9:,.0f} after)\n"

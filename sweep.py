@@ -45,7 +45,7 @@ class Options(Config):
 
 
 def jobs_of(argv):
-    """(the sweep's folder, its first run's settled Options, {Trial: its words for train.py}) of a
+    """(the sweep's folder, its first run's Options, {Trial: its words for train.py}) of a
     command line. Raises UserError."""
     fields = fields_of(Config).items()
     names = [name for name, f in fields if name not in OWN and tuple not in types_of(f)]
@@ -73,15 +73,15 @@ def jobs_of(argv):
         if any(trial.settings == settings for trial in jobs):
             continue  # a value was given twice
         folder = os.path.join(top, known.get(label(settings)) or folder_name(settings))
-        wanted = config.dtype if config.dtype != "auto" else dtype
-        settled, _ = settle(config.changed(out_dir=folder, dtype=wanted), machine)
-        if config.print:
-            settled = settled.changed(dtype=wanted)
-        elif config.dtype == "auto":
+        kept = dtype if config.dtype == "auto" else config.dtype
+        config = config.changed(out_dir=folder, dtype=kept)
+        settled, _ = settle(config, machine)
+        if not config.print:
             dtype = settled.dtype
-        first = settled if config is first else first
+            config = config.changed(dtype=dtype)
+        first = first if jobs else config
         _, steps = batches_of(settled, open_dataset(config.dataset, config.data_dir).split("train"))
-        words = [path, *(f"--{name}={getattr(settled, name)}" for name in told), "--resume"]
+        words = [path, *(f"--{name}={getattr(config, name)}" for name in told), "--resume"]
         jobs[Trial(folder, settings, steps)] = words
     return top, first, jobs
 
@@ -128,9 +128,10 @@ def claim(top, config, trials, this_command, lock):
 
 def go(jobs, config, stop):
     """Run what is left, to its end or to a signal; the runs then save and stop, too."""
-    waiting = [trial for trial in jobs if trial.state != "finished"]
+    left = [trial for trial in jobs if trial.state != "finished"]
+    waiting = [trial for trial in left if trial.done <= trial.steps]  # longer ones stay as they are
     running, told = {}, False  # running: {slot: (Trial, its process)}
-    bar = progress(len(jobs), "sweep", initial=len(jobs) - len(waiting), unit="run")
+    bar = progress(len(jobs), "sweep", initial=len(jobs) - len(left), unit="run")
     while running or (waiting and not stop):
         # start what may run
         for slot in range(config.jobs):
@@ -189,6 +190,8 @@ def main(argv=None):
             return print("\n".join(command("train.py", *words) for words in jobs.values()))
         print(plan, flush=True)
         go(jobs, config, stop)
+    for trial in jobs:
+        trial.look()  # what a killed sweep had left may have ended, too
     done = sum(trial.state == "finished" for trial in jobs)
     if stop and done < len(jobs):
         print(f"stopped: {done} of {len(jobs)} runs are finished; resume with: {this_command}")

@@ -6,7 +6,7 @@ import re
 import statistics
 
 from lab.folder import read_bytes, read_json
-from lab.notebook import Record, figure, table
+from lab.notebook import SavedRun, figure, table
 
 # Student's t, two-sided at 95 %, for 1, 2, ... degrees of freedom; the last stands for all above
 STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
@@ -23,7 +23,7 @@ class Trial:
 
     def look(self):
         """Read the folder anew: the steps done, the state, and the loss once it is finished."""
-        run = Record(self.folder)
+        run = SavedRun(self.folder)
         self.done = max((line["step"] for line in run.training + run.evaluations), default=0)
         planned = run.metadata.get("steps", 0)
         asked = self.steps or planned
@@ -59,9 +59,9 @@ def read_trials(folder):
     return [Trial(f"{folder}/{name}", s, steps.get(name)) for name, s in sweep["runs"].items()]
 
 
-def label(settings, without=""):
-    """Settings as one word: learning_rate=0.004,seed=0."""
-    return ",".join(f"{name}={value}" for name, value in settings.items() if name != without)
+def label(settings, *without):
+    """Settings, but for some, as one word: learning_rate=0.004,seed=0."""
+    return ",".join(f"{name}={value}" for name, value in settings.items() if name not in without)
 
 
 def groups_of(trials):
@@ -158,13 +158,16 @@ def draw(trials):
         return None
     picture, axes = figure(len(names))
     for ax, name in zip(axes, names, strict=True):
-        curves = {}  # {the other settings: [(value, mean, deviation)]}
+        # {the other settings: [(value, mean, deviation)]}, in the order of the runs
+        runs = [trial.settings for trial in trials if trial.loss is not None]
+        curves = {label(settings, name, "seed"): [] for settings in runs}
         for settings, losses in groups:
             mean, deviation = statistics.mean(losses.values()), spread(losses.values())
-            curve = curves.setdefault(label(settings, without=name), [])
-            curve.append((settings[name], mean, deviation or math.nan))  # nan: no bar
+            point = settings[name], mean, deviation or math.nan  # nan: no bar
+            curves[label(settings, name)].append(point)
         for others, curve in curves.items():
-            ax.errorbar(*zip(*sorted(curve), strict=True), fmt="o-", capsize=3, label=others)
+            line = dict(fmt="o-", markersize=4, capsize=3, label=others)
+            ax.errorbar(*zip(*sorted(curve), strict=True), **line)
         ticks = sorted({settings[name] for settings, _ in groups})
         ax.set_xscale("log" if 0 < 4 * ticks[0] <= ticks[-1] else "linear")
         ax.set_xticks(ticks, [f"{x:g}" for x in ticks])

