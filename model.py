@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class ModernBlock(nn.Module):
-    """Experiment 6's block, pre-norm as the other one. It has RMSNorm without a gain, rotary
+    """Experiment 6's block, pre-norm as the other one. It has RMSNorm without weights, rotary
     positions, normalised queries and keys, a squared ReLU and no biases. What feeds the residual
     stream begins at zero. What each part gives is in docs/ablations.md.
 
@@ -207,7 +207,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) int64 -> logits (B, T, V). With targets (B, T) int64 -> the mean loss in
-        nats a token, 0-d float32."""
+        nats per token, 0-d float32."""
         if targets is not None and not torch.is_grad_enabled():
             return self.token_losses(tokens, targets).mean()
         x = (self.compiled_hidden or self.hidden)(tokens)
@@ -262,9 +262,9 @@ class LanguageModel(nn.Module):
         return dict(total=total, embeddings=embeddings, head_bias=bias, blocks=blocks)
 
     def flops_per_token(self):
-        """Floating-point operations a token of training, forward and backward: 6 a weight of every
-        matmul, the head's too, and 6 * T * D a layer for attention, of which a causal mask needs
-        half of 12 (PaLM, appendix B)."""
+        """FLOPs per token of training, forward and backward: 6 per weight of every matmul, the
+        head's too, and 6 * T * D per layer for attention, of which a causal mask needs half of 12
+        (PaLM, appendix B)."""
         a = self.args
         layers, D = a["num_layers"], a["d_model"]
         weights = a["vocab_size"] * D + layers * (4 * D + 2 * a["d_ff"]) * D
@@ -275,12 +275,12 @@ class LanguageModel(nn.Module):
         matmuls in dtype."""
         a = self.args
         size, tokens = 4 if dtype == torch.float32 else 2, rows * a["max_seq_len"]
-        # what a block keeps for the backward pass, a token
+        # what a block keeps for the backward pass, per token
         block = (10 * a["d_model"] + 3 * a["d_ff"]) * size + 10 * a["d_model"]
         activations = tokens * (a["num_layers"] * block + 24 * a["d_model"])
         logits, softmax = head_rows(device_type, a["vocab_size"], tokens)
         head = (logits * size + softmax * 4) * a["vocab_size"]
-        # weights, gradients, AdamW's two averages and one copy: 20 bytes a parameter
+        # weights, gradients, AdamW's two averages and one copy: 20 bytes per parameter
         return 20 * self.count()["total"] + activations + head
 
 

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, D = d_model, H heads, V = vocab_size; N = B * T rows.
 """
 
+import functools
 import math
 
 import torch
@@ -33,7 +34,7 @@ def causal_attention(q, k, v):
 
 
 class Dropout(nn.Dropout):
-    """Dropout. On a CPU it draws sixteen random bits a number, where torch draws a double, and is
+    """Dropout. On a CPU it draws sixteen random bits per number, where torch draws a double, and is
     four times as fast; p is rounded to a multiple of 2**-16 there."""
 
     def forward(self, x):
@@ -46,8 +47,8 @@ class Dropout(nn.Dropout):
 
 
 def rms_norm(x):
-    """x over its root mean square along the last dimension, without a gain (Zhang and Sennrich
-    2019)."""
+    """x over its root mean square along the last dimension, without weights (Zhang and
+    Sennrich 2019)."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -89,54 +90,60 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
     x, weight and bias, None without `gradients`. The idea of forming gradients in the forward pass
     is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
     """
-    kind, V = x.device.type, len(weight)
+    kind, N, V = x.device.type, len(x), len(weight)
     is_low = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if is_low else weight.dtype
+    rows, block = head_rows(kind, V, N)
     # matmul kernels want a multiple of 64; the words that are none get a bias of -inf
-    padded = -(-V // 64) * 64
+    extra = -V % 64
     with torch.autocast(kind, enabled=False):
-        low_weight = F.pad(weight.to(dtype), (0, 0, 0, padded - V))
-        bias = F.pad(bias, (0, padded - V), value=-math.inf)
-        operands = x.to(dtype), low_weight, bias, targets, gradients
-        if kind == "cpu":
-            losses, *sums = head_on_cpu(*operands)
+        low_x, low_weight = x.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, extra))
+        bias = F.pad(bias, (0, extra), value=-math.inf)
+        losses = x.new_empty(N, dtype=bias.dtype)
+        logits = x.new_empty(rows, V + extra, dtype=dtype)
+        if compiled_softmax:  # it needs no memory of its own
+            softmax, block = compiled_softmax, rows
         else:
-            losses, *sums = head_on_gpu(*operands, compiled_softmax or softmax_loss)
+            scratch = None if dtype == bias.dtype else bias.new_empty(block, V + extra)
+            softmax = functools.partial(softmax_in_place, scratch=scratch)
+        if gradients:
+            grad_x, grad_bias, grad_weight = torch.empty_like(x), torch.zeros_like(bias), None
+        for start in range(0, N, rows):
+            part = slice(start, start + rows)
+            xs = low_x[part]
+            chunk = torch.mm(xs, low_weight.t(), out=logits[: len(xs)])
+            blocks = (t.split(block) for t in (chunk, losses[part], targets[part]))
+            for low, loss, target in zip(*blocks, strict=True):
+                loss[:], sums = softmax(low, bias, target, gradients)
+                if gradients:
+                    grad_bias += sums
+            if gradients:  # the chunk holds the logits' gradients now
+                grad_x[part] = product_over_words(chunk, low_weight)
+                if grad_weight is None:
+                    grad_weight, product = (chunk.t() @ xs).to(bias.dtype), None
+                else:
+                    product = torch.mm(chunk.t(), xs, out=product)
+                    add_to(grad_weight, product)
     if not gradients:
         return losses, None, None, None
-    grad_x, grad_weight, grad_bias = sums
-    return losses, grad_x.to(x.dtype), grad_weight[:V], grad_bias[:V]
+    return losses, grad_x, grad_weight[:V], grad_bias[:V]
 
 
-def head_on_cpu(x, weight, bias, targets, gradients):
-    """head_loss() with operands in one dtype and a padded vocabulary. Here a softmax is fast where
-    its rows stay in the cache, and fresh memory is slow."""
-    N, V = len(x), len(weight)
-    full = bias.dtype
-    rows, block = head_rows("cpu", V, N)
-    losses = x.new_empty(N, dtype=full)
-    logits = x.new_empty(rows, V)
-    scratch = None if x.dtype == full else x.new_empty(block, V, dtype=full)
-    grad_x, grad_bias = torch.empty_like(x), torch.zeros_like(bias)
-    grad_weight = product = None
-    for start in range(0, N, rows):
-        xs = x[start : start + rows]
-        chunk = torch.mm(xs, weight.t(), out=logits[: len(xs)])
-        parts = chunk, losses[start : start + rows], targets[start : start + rows]
-        for low, loss, target in zip(*(t.split(block) for t in parts), strict=True):
-            loss[:], sums = softmax_in_place(low, bias, target, gradients, scratch)
-            if gradients:
-                grad_bias += sums
-        if gradients:
-            # the chunk holds the logits' gradients now
-            grad_x[start : start + rows] = chunk @ weight
-            product = torch.mm(chunk.t(), xs, out=product)
-            if grad_weight is None:  # the first is the sum so far
-                grad_weight, product = product.to(full), None
-            else:  # a sum of two dtypes makes a copy first, so that it is done in bands
-                for into, part in zip(grad_weight.split(4096), product.split(4096), strict=True):
-                    into += part
-    return losses, grad_x, grad_weight, grad_bias
+def product_over_words(chunk, weight):
+    """chunk (n, V) @ weight (V, D)."""
+    if chunk.device.type != "mps":
+        return chunk @ weight
+    # sums over 32,767 and more can be wrong there (pytorch#177116)
+    parts = zip(chunk.split(16384, 1), weight.split(16384), strict=True)
+    return sum((left @ right).float() for left, right in parts)
+
+
+def add_to(total, product):
+    """Add a product in low precision, (V, D), to a sum in float32."""
+    # on a CPU a sum of two dtypes makes a copy first, so that it is done in bands
+    band = 4096 if total.device.type == "cpu" else len(total)
+    for into, part in zip(total.split(band), product.split(band), strict=True):
+        into += part
 
 
 def softmax_in_place(logits, bias, targets, gradients, scratch):
@@ -145,7 +152,7 @@ def softmax_in_place(logits, bias, targets, gradients, scratch):
     logits (n, V), bias (V,), targets (n,). Returns (losses (n,) in nats, the bias's gradient (V,)).
     With `gradients` the logits' own gradients take the logits' place; without, the bias's is None.
     scratch: float32 memory (at least n, V) to work in, None to work in the logits themselves. With
-    fresh memory all of this would take more than twice as long.
+    fresh memory all of this would take a CPU more than twice as long.
     """
     p = (logits if scratch is None else scratch[: len(logits)].copy_(logits)).add_(bias)
     picked, top = p.gather(1, targets[:, None]), p.amax(1, keepdim=True)
@@ -160,39 +167,6 @@ def softmax_in_place(logits, bias, targets, gradients, scratch):
     if scratch is not None:
         logits.copy_(p)
     return losses, p.sum(0)
-
-
-def head_on_gpu(x, weight, bias, targets, gradients, softmax):
-    """head_loss() with operands in one dtype and a padded vocabulary. softmax: softmax_loss, which
-    takes a whole chunk at once where it is compiled."""
-    N, V = len(x), len(weight)
-    rows, block = head_rows(x.device.type, V, N)
-    block = block if softmax is softmax_loss else rows
-    # on MPS sums over 32,767 and more can be wrong (pytorch#177116)
-    words = 16384 if x.device.type == "mps" else V
-    losses = x.new_empty(N, dtype=bias.dtype)
-    logits = x.new_empty(rows, V)
-    grad_x, grad_bias = torch.empty_like(x), torch.zeros_like(bias)
-    grad_weight = product = None
-    for start in range(0, N, rows):
-        xs = x[start : start + rows]
-        chunk = torch.mm(xs, weight.t(), out=logits[: len(xs)])
-        parts = chunk, losses[start : start + rows], targets[start : start + rows]
-        for low, loss, target in zip(*(t.split(block) for t in parts), strict=True):
-            loss[:], sums = softmax(low, bias, target, gradients)
-            if gradients:
-                grad_bias += sums
-        if gradients:
-            # the chunk holds the logits' gradients now
-            grad_x[start : start + rows] = chunk[:, :words] @ weight[:words]
-            for i in range(words, V, words):
-                grad_x[start : start + rows] += chunk[:, i : i + words] @ weight[i : i + words]
-            product = torch.mm(chunk.t(), xs, out=product)
-            if grad_weight is None:  # the first is the sum so far
-                grad_weight, product = product.to(bias.dtype), None
-            else:
-                grad_weight += product
-    return losses, grad_x, grad_weight, grad_bias
 
 
 def softmax_loss(logits, bias, targets, gradients):
@@ -214,8 +188,8 @@ def softmax_loss(logits, bias, targets, gradients):
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of the tied head. head_loss() forms its gradients in the forward pass.
 
-    x (N, D), weight (V, D) float32, bias (V,) float32, targets (N,) int64 -> 0-d float32, nats a
-    token.
+    x (N, D), weight (V, D) float32, bias (V,) float32, targets (N,) int64 -> 0-d float32, nats
+    per token.
     """
 
     @staticmethod

@@ -1,7 +1,6 @@
-"""Where a process runs: its device, the dtype of its matmuls, its place among the ranks."""
+"""Where a process runs: its device, its compute dtype, its place among the ranks."""
 
 import contextlib
-import math
 import os
 import platform
 import re
@@ -10,20 +9,21 @@ import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from lab.console import UserError, cpu_cores, first_line, torchrun
+from lab.console import UserError, cpu_cores, first_line, warn
 
 
 @dataclass
 class Machine:
-    """Where this process runs: its device, the dtype of its matmuls, and its place among the
-    ranks."""
+    """What a process runs on, and what it asks of the other ranks."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the matmuls
     rank: int = 0
     world: int = 1
     local_world: int = 1  # ranks on this computer
@@ -37,27 +37,20 @@ class Machine:
         """The processor's name, and how many cores this process uses of it."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        name = platform.processor() or platform.machine()
-        if os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo") as file:
-                names = [
-                    line.split(":")[1].strip() for line in file if line.startswith("model name")
-                ]
-            name = names[0] if names else name
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else platform.processor() or platform.machine()
         return f"{torch.get_num_threads()} cores of {name}"
 
     def memory(self):
-        """Bytes of memory that this process can count on: its device's, or its share of the
-        computer's."""
+        """Bytes that this process can count on: its GPU's, or its share of the computer's."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = "/sys/fs/cgroup/memory.max"  # a container's
-        if os.path.exists(limit):
-            with open(limit) as file:
-                allowed = file.read().strip()
-            there = min(there, int(allowed)) if allowed.isdigit() else there
-        return there / self.local_world
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = Path("/sys/fs/cgroup/memory.max")  # a container's
+        allowed = limit.read_text().strip() if limit.exists() else ""
+        return (min(total, int(allowed)) if allowed.isdigit() else total) / self.local_world
 
     def autocast(self):
         """The context in which matmuls run in dtype."""
@@ -65,39 +58,43 @@ class Machine:
         # no weight is used twice in a pass, and a graph would keep old casts
         return torch.autocast(self.device.type, self.dtype, enabled=low, cache_enabled=False)
 
-    def reduce(self, *values, op=dist.ReduceOp.SUM):
-        """Each value's sum (or op) over all ranks, a list of floats. By way of the CPU, so that no
-        device has to wait."""
-        if self.world == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op)
-        return tensor.tolist()
-
-    def largest(self, *values):
-        """Each value's largest over all ranks."""
-        return self.reduce(*values, op=dist.ReduceOp.MAX)
-
-    def smallest(self, *values):
-        """Each value's smallest over all ranks."""
-        return self.reduce(*values, op=dist.ReduceOp.MIN)
-
-    def gather(self, value):
-        """The value of every rank, a list."""
-        if self.world == 1:
-            return [value]
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
-
     def wait(self):
         """Until the device has done what it was given, so that a clock is true."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
+    def say(self, *words, **kwargs):
+        """Print on rank 0 alone, at once."""
+        if self.rank == 0:
+            print(*words, flush=True, **kwargs)
+
+    # --- among the ranks
+
+    def reduce(self, *values, op=dist.ReduceOp.SUM):
+        """Each value's sum (or op) over all ranks, a list of floats."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU: no device has to wait
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+    def largest(self, *values):
+        """Each value's largest over all ranks, a list of floats."""
+        return self.reduce(*values, op=dist.ReduceOp.MAX)
+
+    def smallest(self, *values):
+        """Each value's smallest over all ranks, a list of floats."""
+        return self.reduce(*values, op=dist.ReduceOp.MIN)
+
+    def gather(self, value):
+        """The value of every rank, a list."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def agree(self, values):
-        """Raise UserError, on every rank, if a rank's dict of values is not rank 0's; it names the
-        rank and what differs."""
+        """Raise UserError on every rank if a rank's dict of values is not rank 0's."""
         first, *others = self.gather(values)
         for rank, theirs in enumerate(others, 1):
             keys = [k for k in first if theirs[k] != first[k]]
@@ -122,14 +119,8 @@ class Machine:
             raise result[0]
         return result[0]
 
-    def say(self, *words, **kwargs):
-        """Print on rank 0 alone, at once."""
-        if self.rank == 0:
-            print(*words, flush=True, **kwargs)
 
-
-@dataclass
-class Ranks:
+class Ranks(NamedTuple):
     """A process's place among those that torchrun started."""
 
     rank: int
@@ -139,46 +130,29 @@ class Ranks:
 
 
 def ranks_of(environment):
-    """The Ranks that torchrun's variables tell. Raises UserError for variables that something else
-    has left there."""
-    defaults = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
-    said = {name: environment[name] for name in defaults if environment.get(name)}
-    try:
-        ranks = Ranks(*(int(value) for value in (defaults | said).values()))
-        fits = 0 <= ranks.rank < ranks.world and 0 <= ranks.local_rank < ranks.local_world
-    except ValueError:
-        fits = False
-    if not fits or (ranks.world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys()):
-        found = ", ".join(f"{name}={value}" for name, value in said.items())
-        raise UserError(
-            f"the environment has {found}, and torchrun did not start this process; "
-            f"`unset {' '.join(said)}`, or start it with `{torchrun(2)} train.py ...`"
-        )
-    return ranks
+    """The Ranks that torchrun's variables tell. Without its mark there is one process, since a
+    cluster may have left variables of the same names."""
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return Ranks(0, 1, 0, 1)
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    return Ranks(*(int(environment[name]) for name in names))
 
 
 def choose_device(config, ranks):
     """The torch.device of a process. Raises UserError if there is none for it."""
     kind, _, index = config.device.partition(":")
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = dict(cpu=ranks.local_world, cuda=gpus, mps=int(torch.backends.mps.is_available()))
     if kind == "auto":
-        kind = "cuda" if cuda else "cpu"
-    if not dict(cpu=True, cuda=cuda, mps=mps)[kind]:
-        raise UserError(
-            f"this torch {torch.__version__} finds no {kind} device; use --device cpu or leave it "
-            "out"
-        )
+        kind = "cuda" if gpus else "cpu"
     wanted = max(ranks.local_world, int(index or 0) + 1)
-    if kind == "cuda" and wanted > torch.cuda.device_count():
+    if wanted > there[kind]:
         raise UserError(
-            f"{ranks.local_world} processes on device {config.device}, and "
-            f"{torch.cuda.device_count()} GPUs; use torchrun --nproc_per_node with as many as "
-            "there are"
+            f"there are {there[kind]} {kind} devices, and device {config.device} in "
+            f"{ranks.local_world} processes takes {wanted}; use --device cpu or fewer processes"
         )
     if config.cuda_graph and kind != "cuda":
         raise UserError(f"cuda_graph needs a CUDA device, and this is {kind}; leave it out")
-    if kind == "mps" and ranks.world > 1:
-        raise UserError("mps takes one process; leave torchrun out, or add --device cpu")
     if config.batch_size < ranks.world:
         raise UserError(
             f"batch_size {config.batch_size} leaves some of {ranks.world} ranks without a "
@@ -190,44 +164,48 @@ def choose_device(config, ranks):
 
 
 def choose_dtype(config, machine):
-    """(the compute dtype of a run, why, as a phrase, "" where there is nothing to say)."""
+    """(a run's compute dtype, why, as a phrase, "" where there is nothing to say)."""
+    kind = machine.device.type
     if config.dtype != "auto":
         return getattr(torch, config.dtype), ""
-    if machine.device.type == "cuda":
+    if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16, ""
-    if machine.device.type != "cpu" or not has_bfloat16():
+    if kind != "cpu" or not has_bfloat16():
         return torch.float32, ""
     # a CPU that has the instruction may still be slower with it
-    rows, D, F = 1024, min(config.d_model, 4096), min(config.d_ff, 4096)
-    x, weight = torch.randn(rows, D), torch.randn(D, F)
-    low_x, low_weight = x.bfloat16(), weight.bfloat16()
-    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(3):
-        for left, right in ((x, weight), (low_x, low_weight)):
-            began = time.perf_counter()
-            for _ in range(max(1, 2**31 // (rows * D * F))):
-                left @ right
-            best[left.dtype] = min(best[left.dtype], 1000 * (time.perf_counter() - began))
-    full, low = best.values()
-    why = f"measured: float32 {full:.0f} ms, bfloat16 {low:.0f} ms"
+    full, low = (matmul_ms(config.d_model, dtype) for dtype in (torch.float32, torch.bfloat16))
+    why = f"measured: float32 {full:.1f} ms, bfloat16 {low:.1f} ms"
     return torch.bfloat16 if low < 0.9 * full else torch.float32, why
 
 
 def has_bfloat16():
     """Whether the CPU multiplies bfloat16 by itself. Emulated it is slower than float32."""
-    supported = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    known = [getattr(torch.cpu, name, lambda: False) for name in supported]
-    return any(instruction() for instruction in known)
+    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def matmul_ms(d_model, dtype):
+    """Milliseconds, the least of three, of a part of the head's matmul, which is most of a small
+    model's work."""
+    width = min(d_model, 1024)  # wider ones give the same answer
+    x, weight = (torch.randn(rows, width).to(dtype) for rows in (256, 8192))
+    times = []
+    for _ in range(4):  # the first warms up
+        began = time.perf_counter()
+        x @ weight.t()
+        times.append(1000 * (time.perf_counter() - began))
+    return min(times[1:])
 
 
 @contextlib.contextmanager
 def open_machine(config):
     """The Machine of this process, in float32; joins the ranks if torchrun started it, and leaves
-    them. Raises UserError. A lost rank ends this one too: see end_of_ranks()."""
+    them. Raises UserError. A RuntimeError among ranks ends the process with exit code 1."""
     # Huge pages for large tensors, read at the first allocation: a step's fresh buffers cost a
     # fifth as much to touch.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    check_compile_cache()
     ranks = ranks_of(os.environ)
     device = choose_device(config, ranks)
     if device.type == "cuda":
@@ -240,25 +218,47 @@ def open_machine(config):
     if ranks.world == 1:
         yield machine
         return
+    join(device, config.rank_timeout)
     try:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=config.rank_timeout)
-        dist.init_process_group(backend, timeout=timeout)
         yield machine
     except RuntimeError as error:
-        end_of_ranks(error, ranks)
+        end_process(error, ranks)
     finally:
         dist.destroy_process_group()
 
 
-def end_of_ranks(error, ranks):
+def check_compile_cache():
+    """Let torch use a folder of its own where TORCHINDUCTOR_CACHE_DIR cannot be written: it makes
+    that folder even where nothing is compiled, and would fail."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    if folder and not os.access(folder, os.W_OK):
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        warn(f"TORCHINDUCTOR_CACHE_DIR {folder} cannot be written; going on without it")
+
+
+def join(device, minutes):
+    """Join the other ranks. Raises UserError if one of them has not begun in time."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    except RuntimeError as error:
+        raise UserError(
+            f"not all ranks have begun within {minutes:g} minutes ({first_line(error)[:150]}); "
+            "start them together, or raise --rank_timeout"
+        ) from None
+
+
+def end_process(error, ranks):
     """End this process, exit code 1, after a RuntimeError among ranks: with one line where another
-    rank is lost. Never returns, since leaving the group would wait for what the others began."""
-    words = "gloo|nccl|connection|timed out|timeout"
-    if isinstance(error, dist.DistError) or re.search(words, str(error), re.I):
+    rank is lost. Never returns: to leave the group would wait for what the others began."""
+    lost = "gloo|nccl|connection|timed out|timeout"
+    if isinstance(error, dist.DistError) or re.search(lost, str(error), re.I):
         print(
-            f"error: rank {ranks.rank} of {ranks.world} lost another rank ({first_line(error)}); "
-            "the last checkpoint is whole; start again with --resume",
+            f"error: rank {ranks.rank} of {ranks.world} lost another rank "
+            f"({first_line(error)[:150]}); the steps since the last checkpoint are lost; resume "
+            "with --resume",
             file=sys.stderr,
             flush=True,
         )

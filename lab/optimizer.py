@@ -85,8 +85,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(config, model):
-    """[AdamW], or [AdamW, Muon] where Muon takes the blocks' matrices. Biases and gains do not
-    decay. A group's learning rate is its `scale` times the step's."""
+    """[AdamW], or [AdamW, Muon] where Muon takes the blocks' matrices. Biases and norm weights do
+    not decay. A group's learning rate is its `scale` times the step's."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     muon = {id(p) for p in matrices} if config.optimizer == "muon" else set()
     rest = [p for p in model.parameters() if id(p) not in muon]

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 import warnings
 
 import numpy as np
@@ -16,7 +15,7 @@ from lab.optimizer import lr_at, make_optimizers
 
 
 def micro_batch_size(config, model, machine):
-    """Sequences a forward pass: as configured, else as many of this rank's rows as fit into the
+    """Sequences per forward pass: as configured, else as many of this rank's rows as fit into the
     device's memory (on a CPU 1,024 tokens of them), in equal parts.
 
     It depends on the device's size, not on what is free just now, so that a resumed run cuts alike.
@@ -31,11 +30,8 @@ def micro_batch_size(config, model, machine):
         rows = min(rows, max(1, 1024 // context))  # more is no faster, and takes more memory
     # on CUDA the rest is for evaluations, which cannot use what a graph holds
     budget = machine.memory() * (0.7 if kind == "cuda" else 0.5)
-    fits = 1
-    for n in range(rows, 1, -1):
-        if model.memory_bytes(n, machine.dtype, kind) <= budget:
-            fits = n
-            break
+    sizes = range(rows, 1, -1)
+    fits = next((n for n in sizes if model.memory_bytes(n, machine.dtype, kind) <= budget), 1)
     # GPUs may differ, and an evaluation is cut alike on all of them
     fits = int(machine.smallest(fits)[0])
     return math.ceil(all_rows / math.ceil(all_rows / fits))
@@ -70,10 +66,8 @@ class Trainer:
             model.compile_parts()
         alone = machine.device.type == "cuda" and machine.world == 1
         self.graphed = not half and (alone if config.cuda_graph is None else config.cuda_graph)
-        self.forward = model  # over ranks DDP, which averages their gradients
-        if machine.world > 1 and not self.graphed:
-            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self.take = None  # what takes a step, from the first one on
+        self.forward = model  # over ranks DDP, see eager()
+        self.take_step = None  # eager_step or a GraphedStep, from the first step on
 
     def step(self, i):
         """Take optimizer step i. Returns this rank's share of the batch's mean loss, and the norm
@@ -81,19 +75,11 @@ class Trainer:
 
         A step whose loss or gradient is not finite changes neither weights nor optimizers.
         """
-        if self.take:
-            return self.take(i)
-        # the first step compiles and captures
-        slow, began = self.compiled or self.graphed, time.perf_counter()
-        if slow:
-            work = ["compiling"] * self.compiled + ["capturing a CUDA graph"] * self.graphed
-            self.machine.say(f"{' and '.join(work)}, which takes up to a minute")
-        self.take = self.captured_step() if self.graphed else self.eager_step
-        result = self.take(i)
-        if slow:
-            self.machine.wait()
-            self.machine.say(f"done in {time.perf_counter() - began:,.0f} s")
-        return result
+        if self.take_step is None:
+            if self.compiled or self.graphed:
+                self.machine.say("the first step compiles, which takes up to a minute")
+            self.take_step = self.captured_step() if self.graphed else self.eager()
+        return self.take_step(i)
 
     def captured_step(self):
         """The step as a CUDA graph, or the eager one, with a line, where that fails on any rank."""
@@ -110,6 +96,10 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         for group in self.groups():
             as_eager(group)
+        return self.eager()
+
+    def eager(self):
+        """The step that is launched operation by operation. Over ranks DDP averages gradients."""
         if self.machine.world > 1:
             self.forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         return self.eager_step

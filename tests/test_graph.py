@@ -54,7 +54,7 @@ def test_a_run_that_changes_to_a_graph_and_back_is_the_eager_one(tiny, more):
         if saved:
             part.load_state_dict(saved)
         curve += take(part, steps)
-        assert isinstance(part.take, GraphedStep) == graph
+        assert isinstance(part.take_step, GraphedStep) == graph
         saved = part.state_dict()
     assert math.isinf(curve[7][1]) and not torch.isinf(saved["model"]["head_bias"]).any()
     # a graph's learning rates are float32
