@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from config import load_config
 from lab.data import Batches, Dataset
@@ -192,6 +194,17 @@ def assert_the_same_run(one, two, curves=True):
 
 
 # --- what goes wrong
+
+
+class refuse_float64(TorchDispatchMode):
+    """Within it an operation that gives a float64 tensor fails, as on MPS."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64:
+                raise TypeError(f"{function} gives float64, which MPS does not have")
+        return result
 
 
 def before_each_pass(do):

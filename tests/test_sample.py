@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_near, near
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers import ROOT, assert_near, near, refuse_float64
 
 import sample
 from lab.console import UserError
@@ -143,19 +141,8 @@ def test_a_repetition_penalty_keeps_from_what_was_said():
     assert len(set(careful)) == 30 and 1 not in careful and len(set(plain)) < 30
 
 
-class NoFloat64(TorchDispatchMode):
-    """Refuses what MPS refuses: a float64 tensor."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64:
-                raise TypeError(f"{function} gives float64, which MPS does not have")
-        return result
-
-
 def test_sampling_takes_no_float64():
-    with NoFloat64():
+    with refuse_float64():
         with pytest.raises(TypeError, match="float64"):
             torch.ones(1).double()
         assert len(generated(loud(), [[1], [2, 3]], 12, 0.8, 20, 0.9, 1.3)[0]) == 12
