@@ -36,40 +36,58 @@ class Options(Config):
 
 
 def main(argv=None):
-    began = time.perf_counter()
     config = load_config(argv, "bench.py", Options)
     with open_machine(config) as machine:
         config, _ = settle(config, machine)
-        trainer = trainer_of(config, machine)
-        seconds(machine, trainer.step, 0)
-        first = time.perf_counter() - began
-        for i in range(1, WARM_UP):
-            seconds(machine, trainer.step, i)
-        memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
-
-        # the machine's peak before and after, since others may use it
-        peaks = [best_peak(machine)]
-        times = []
-        bar = progress(config.steps, "timing", unit="step", leave=False, disable=machine.rank > 0)
-        for i in range(config.steps):
-            times.append(seconds(machine, trainer.step, WARM_UP + i))
-            bar.update()
-        bar.close()
-        peaks.append(best_peak(machine))
-
-        tell(config, trainer, times, first, peaks, memory)
-        if machine.device.type == "cuda":
-            tell_device(machine, trainer.step, WARM_UP + config.steps)
-        if config.profile:
-            profile(config, machine, trainer.step)
+        bench(config, machine, new_trainer(config, machine))
 
 
-def trainer_of(config, machine):
-    """A Trainer of a config's new model, on random tokens."""
+def new_trainer(config, machine):
+    """A Trainer of a config's model on random tokens."""
     tokens = np.random.RandomState(0).randint(VOCAB_SIZE, size=1 << 20).astype(np.uint16)
     batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
     model = new_model(config, VOCAB_SIZE).to(machine.device)
     return Trainer(config, machine, model, batches, total_steps=1000)
+
+
+def bench(config, machine, trainer):
+    """Time config.steps training steps, and print what came of it."""
+    # the first steps, and the machine's peak before and after
+    first = seconds(machine, trainer.step, 0)
+    for i in range(1, WARM_UP):
+        seconds(machine, trainer.step, i)
+    memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
+    peaks = [best_peak(machine)]
+    bar = progress(config.steps, "timing", unit="step", leave=False, disable=machine.rank > 0)
+    times = []
+    for i in range(config.steps):
+        times.append(seconds(machine, trainer.step, WARM_UP + i))
+        bar.update()
+    bar.close()
+    peaks.append(best_peak(machine))
+
+    # what came of it
+    speeds = [trainer.batches.step_tokens / t for t in times]
+    peak, median = statistics.mean(peaks), statistics.median(speeds)
+    flops, parameters = trainer.model.flops_per_token(), trainer.model.count()["total"]
+    how = "compiled" if trainer.compiled else "not compiled"
+    how += ", one CUDA graph per step" if trainer.graphed else ""
+    machine.say(
+        f"config       {config.name} on {machine}, {how}, {parameters:,} parameters\n"
+        f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "
+        f"{max(speeds):,.0f} over {config.steps} steps of {config.batch_size} x "
+        f"{config.max_seq_len}, in forward passes of {trainer.micro}\n"
+        f"first step   {first:.1f} s\n"
+        f"peak memory  {', '.join(f'{value / 1e9:.2f}' for value in memory)} GB per process\n"
+        f"matmul peak  {peak / 1e9:,.0f} GFLOP/s in the faster dtype ({peaks[0] / 1e9:,.0f} "
+        f"before, {peaks[1] / 1e9:,.0f} after)\n"
+        f"MFU          {flops * median / peak:.3f} = {flops:,} FLOPs per token x tokens/s / "
+        "matmul peak"
+    )
+    if machine.device.type == "cuda":
+        tell_device(machine, "step", trainer.step, WARM_UP + config.steps)
+    if config.profile:
+        profile(machine, trainer.step, WARM_UP + config.steps, config.out_dir)
 
 
 def seconds(machine, step, i):
@@ -81,13 +99,10 @@ def seconds(machine, step, i):
 
 
 def matmul_peak(machine, dtype, limit=0.5):
-    """FLOP/s of this rank on square matrices of dtype, timed for about so many seconds: the
-    median."""
+    """FLOP/s of this rank on square matrices of dtype, the median; timed for `limit` seconds."""
     n = 2048 if machine.device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
     out, times = torch.empty_like(a), []
-    for _ in range(3):
-        torch.mm(a, b, out=out)
     while sum(times) < limit:
         times.append(seconds(machine, lambda _: torch.mm(a, b, out=out), 0))
     return 2 * n**3 / statistics.median(times)
@@ -95,11 +110,11 @@ def matmul_peak(machine, dtype, limit=0.5):
 
 def best_peak(machine):
     """FLOP/s of all ranks in the dtype that this machine multiplies faster."""
-    dtypes = {machine.dtype, torch.float32}
+    dtypes = {torch.float32, machine.dtype}
     if machine.device.type == "cpu" and has_bfloat16():
         dtypes.add(torch.bfloat16)
-    ranks = [machine.gather(matmul_peak(machine, dtype)) for dtype in sorted(dtypes, key=str)]
-    return max(map(sum, ranks))
+    dtypes = sorted(dtypes, key=str)  # in one order on all ranks
+    return max(sum(machine.gather(matmul_peak(machine, dtype))) for dtype in dtypes)
 
 
 def peak_bytes(device):
@@ -110,30 +125,7 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def tell(config, trainer, times, first, peaks, memory):
-    """Print the figures. times: seconds per step; first: seconds to the end of the first step;
-    peaks: FLOP/s, before and after the steps; memory: the most bytes that each rank has held."""
-    model, machine, step_tokens = trainer.model, trainer.machine, trainer.batches.step_tokens
-    speeds = [step_tokens / t for t in times]
-    peak, median, flops = statistics.mean(peaks), statistics.median(speeds), model.flops_per_token()
-    gigabytes = ", ".join(f"{value / 1e9:.2f}" for value in memory)
-    how = "compiled" if trainer.compiled else "not compiled"
-    how += ", one CUDA graph per step" if trainer.graphed else ""
-    machine.say(
-        f"config       {config.name} on {machine}, {how}, {model.count()['total']:,} parameters\n"
-        f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "
-        f"{max(speeds):,.0f} over {config.steps} steps of {config.batch_size} x "
-        f"{config.max_seq_len}, in forward passes of {trainer.micro}\n"
-        f"first step   {first:.1f} s after the imports\n"
-        f"peak memory  {gigabytes} GB per process\n"
-        f"matmul peak  {peak / 1e9:,.0f} GFLOP/s in the faster dtype ({peaks[0] / 1e9:,.0f} "
-        f"before, {peaks[1] / 1e9:,.0f} after)\n"
-        f"MFU          {flops * median / peak:.3f} = {flops:,} FLOPs per token x tokens/s / matmul "
-        "peak"
-    )
-
-
-def tell_device(machine, step, start):
+def tell_device(machine, name, step, start):
     """Print what a CUDA device does with a step: waited for one by one and together, how many
     kernels, and how much of the time it is busy."""
     alone = statistics.median(seconds(machine, step, start + i) for i in range(20))
@@ -143,40 +135,30 @@ def tell_device(machine, step, start):
             step(start + i * 20 + k)
 
     together = min(seconds(machine, many, i) for i in range(1, 4)) / 20
-    profiler = traced(machine, step, [start])
-    is_kernel = torch.autograd.DeviceType.CUDA
-    kernels = [event for event in profiler.events() if event.device_type == is_kernel]
+    with torch.profiler.profile() as profiler:
+        seconds(machine, step, start)
+    cuda = torch.autograd.DeviceType.CUDA
+    kernels = [event for event in profiler.events() if event.device_type == cuda]
     launches = [event for event in profiler.events() if "Launch" in event.name]
     busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
     machine.say(
-        f"step         {1000 * alone:.2f} ms waited for, {1000 * together:.2f} ms together; "
+        f"{name:11}  {1000 * alone:.2f} ms waited for, {1000 * together:.2f} ms together; "
         f"{len(kernels)} kernels in {len(launches)} launches, busy for {busy / together:.2f} of it"
     )
 
 
-def traced(machine, step, numbers):
-    """torch's profiler, after steps of these numbers."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if machine.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        for i in numbers:
-            seconds(machine, step, i)
-    return profiler
-
-
-def profile(config, machine, step):
+def profile(machine, step, start, out_dir):
     """Trace three more steps, and print the operations that took longest."""
-    start = WARM_UP + config.steps
-    profiler = traced(machine, step, range(start, start + 3))
+    with torch.profiler.profile() as profiler:
+        for i in range(3):
+            seconds(machine, step, start + i)
     if machine.rank == 0:
-        trace = f"{config.out_dir}/trace.json"
-        os.makedirs(config.out_dir, exist_ok=True)
-        profiler.export_chrome_trace(trace)
+        os.makedirs(out_dir, exist_ok=True)
+        profiler.export_chrome_trace(f"{out_dir}/trace.json")
         key = "self_device_time_total" if machine.device.type == "cuda" else "self_cpu_time_total"
         averages = profiler.key_averages()
         print(averages.table(sort_by=key, row_limit=10, max_name_column_width=50))
-        print(f"the trace of three steps is {trace}; ui.perfetto.dev shows it")
+        print(f"the trace of three steps is {out_dir}/trace.json; ui.perfetto.dev shows it")
 
 
 if __name__ == "__main__":

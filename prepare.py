@@ -22,13 +22,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from lab import text
 from lab.console import UserError, command, cpu_cores, first_line, progress, run
 from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, load_tokenizer
 from lab.folder import Lock
 from lab.settings import command_line, setting
+from lab.text import BLOCK, SPLITS, Source, demo_blocks, encode_rows, hub_blocks, path_source
 
 HUB = "Salesforce/wikitext"
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -78,7 +76,7 @@ def check_name(name, options):
             "for your own text with --source PATH"
         )
     prepared = (folder / "meta.json").exists()
-    if not prepared and any((folder / f"{split}.bin").exists() for split in text.SPLITS):
+    if not prepared and any((folder / f"{split}.bin").exists() for split in SPLITS):
         raise UserError(
             f"{folder} holds token files without a meta.json, another program's, such as "
             "nanoGPT's; choose another name or --data_dir"
@@ -86,10 +84,8 @@ def check_name(name, options):
     if name in SEPARATORS or options.source or options.hub:
         return
     if prepared:
-        raise UserError(
-            f"{folder} is prepared: train.py takes it with --dataset {name}; `{own} --force` "
-            "prepares it anew"
-        )
+        train = command("train.py", "--dataset", name)
+        raise UserError(f"{folder} is prepared; `{train}` trains on it, {own} --force` replaces it")
     known = ", ".join(SEPARATORS)
     raise UserError(f"unknown data set {name}; there are {known}, or your own text: {own}`")
 
@@ -99,7 +95,7 @@ def open_source(name, options):
     yet. Raises UserError and OSError."""
     if options.source:
         path = Path(options.source)
-        source = text.path_source(path, options)
+        source = path_source(path, options)
         return source, {"name": str(path), "sha256": fingerprint(source, options)}
     if options.hub:
         fix = "check --hub, --config and --revision, and run it again"
@@ -110,13 +106,13 @@ def open_source(name, options):
             "val_fraction": options.val_fraction,
         }
         where = options.hub, options.config or None, origin
-        return text.Source(text.hub_blocks(*where, options, fix, streaming=True)), origin
+        return Source(hub_blocks(*where, options, fix, streaming=True)), origin
     if name in HUB_CONFIGS:
         fix = f"with the text on disk, run `{command('prepare.py', name)} --source FOLDER`"
         origin = {"name": f"{HUB} {HUB_CONFIGS[name]}", "revision": REVISION}
-        return text.Source(text.hub_blocks(HUB, HUB_CONFIGS[name], origin, options, fix)), origin
+        return Source(hub_blocks(HUB, HUB_CONFIGS[name], origin, options, fix)), origin
     origin = {"name": f"pydoc_data.topics of Python {platform.python_version()}"}
-    return text.Source(text.demo_blocks(options.separator)), origin
+    return Source(demo_blocks(options.separator)), origin
 
 
 def fingerprint(source, options):
@@ -127,7 +123,7 @@ def fingerprint(source, options):
     for name, path in source.files.items():
         digest.update(f"{name} {note}".encode())
         with open(path, "rb") as file:
-            while block := file.read(text.BLOCK):
+            while block := file.read(BLOCK):
                 digest.update(block)
     return digest.hexdigest()
 
@@ -155,7 +151,7 @@ def write_splits(blocks, separator, part, total):
     encoding = load_tokenizer()
     # measured: two threads are a quarter faster where another has used tiktoken before them
     encoding.encode_ordinary(" the" * 250_000)
-    files, splits, pending = {}, {}, deque()
+    files, splits, hashes, pending = {}, {}, {}, deque()
 
     def write_first():
         split, job = pending.popleft()
@@ -163,7 +159,9 @@ def write_splits(blocks, separator, part, total):
         if split not in files:
             files[split] = stack.enter_context(open(part / f"{split}.bin", "wb"))
             splits[split] = Counter(tokens=0, words=0, bytes=0, rows=0)
+            hashes[split] = hashlib.sha256()
         files[split].write(ids)
+        hashes[split].update(ids)
         splits[split].update(counts, tokens=len(ids))
         bar.update(counts["bytes"])
 
@@ -172,7 +170,7 @@ def write_splits(blocks, separator, part, total):
         # threads, since tiktoken lets go of the interpreter's lock
         pool = stack.enter_context(ThreadPoolExecutor(cpu_cores()))
         for split, block in blocks:
-            job = pool.submit(text.encode_rows, encoding, *block, separator)
+            job = pool.submit(encode_rows, encoding, *block, separator)
             pending.append((split, job))
             if len(pending) > 2 * cpu_cores():
                 write_first()
@@ -182,9 +180,8 @@ def write_splits(blocks, separator, part, total):
             file.flush()
             os.fsync(file.fileno())
     for split, counts in splits.items():
-        tokens = np.memmap(part / f"{split}.bin", mode="r") if counts["tokens"] else b""
-        counts["sha256"] = hashlib.sha256(tokens).hexdigest()
-    return {split: dict(splits[split]) for split in text.SPLITS if split in splits}
+        counts["sha256"] = hashes[split].hexdigest()
+    return {split: dict(splits[split]) for split in SPLITS if split in splits}
 
 
 def write_data_set(name, options, folder, part):
@@ -224,7 +221,7 @@ def move_in(part, folder):
     if not folder.exists():
         os.rename(part, folder)
         return
-    for split in text.SPLITS:
+    for split in SPLITS:
         if (part / f"{split}.bin").exists():
             os.replace(part / f"{split}.bin", folder / f"{split}.bin")
         else:

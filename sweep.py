@@ -2,19 +2,20 @@
 
     python sweep.py config/exp6_small.py --learning_rate 4e-3,8e-3,1.6e-2 --seed 0,1,2 [--jobs 2]
 
-Several values with commas between them make the grid. The same command goes on with a sweep that
-was interrupted, and does what is left; more values extend it. Each run lies in a folder of its own,
-out/NAME-sweep/...; what happens to it is in its log.txt, and `python report.py out/NAME-sweep`
-shows the table.
+Several values with commas between them make the grid. The same command resumes a sweep that was
+interrupted. Each run lies in a folder of its own, out/NAME-sweep/..., with its output in log.txt,
+and `python report.py out/NAME-sweep` shows the table.
 """
 
 import functools
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import torch
 
@@ -23,14 +24,16 @@ from config import Config, load_grid
 from lab.console import ROOT, UserError, command, cpu_cores, progress, run, stop_signals
 from lab.data import Dataset, batches_of
 from lab.folder import Lock, read_json, write_text
-from lab.gpt2 import open_weights
-from lab.grid import Trial, folder_name, label
+from lab.grid import Trial, label
 from lab.machine import Machine, choose_device, ranks_of
 from lab.settings import fields_of, setting, split_words, types_of
-from lab.weights import settle_dtype, with_shape_of
+from lab.weights import settle
 
 # settings that are the sweep's own, or that it gives to its runs itself
-OWN = "out_dir", "resume", "dry_run", "jobs", "print", "dtype"
+OWN = "out_dir", "resume", "dry_run", "jobs", "print"
+# a single run may be resumed with others of these, but the runs of a sweep are to be compared
+SHARED = "dtype", "epochs", "max_steps", "max_hours", "patience"
+open_dataset = functools.cache(Dataset)  # its hashes are taken once for all runs
 
 
 @dataclass
@@ -41,185 +44,160 @@ class Options(Config):
     print: bool = setting(False, "print the runs' commands, a line each, and stop", free=True)
 
 
-@dataclass
-class Job:
-    """What is to be run of a Trial."""
-
-    trial: Trial
-    words: list  # train.py's command line
-
-
-# --- the grid
-
-
 def jobs_of(argv):
-    """(the sweep's folder, its first run's Options, the Jobs) of a command line. Raises UserError
-    with all problems in one line."""
+    """(the sweep's folder, its first run's Options, {Trial: its words for train.py}) of a
+    command line. Raises UserError."""
     fields = fields_of(Config).items()
     names = [name for name, f in fields if name not in OWN and tuple not in types_of(f)]
     configs = load_grid(argv, "sweep.py", Options, names)
     first, ((path, *_), given, _) = configs[0], split_words(Options, argv)
-    top = first.out_dir if "out_dir" in given else os.path.join("out", f"{first.name}-sweep")
-    old = read_json(f"{top}/sweep.json")
-    vary = list(old.get("vary", []))
-    vary += [n for n in names if n not in vary and len({getattr(c, n) for c in configs}) > 1]
-    if not vary:
+    varied = {name for name in names if len({getattr(config, name) for config in configs}) > 1}
+    if not varied:
         raise UserError("no setting has several values; try --seed 0,1,2")
     if first.eval_only:
-        raise UserError("eval_only is one run's: use train.py; report.py shows a sweep's figures")
-    configs = settle_all(configs, old.get("config", {}).get("dtype"))
+        raise UserError("a sweep cannot be combined with eval_only; use --eval_only False")
 
-    # the runs that are there, with the values that have begun to vary only now
-    there = {name: old["config"] | run for name, run in old.get("runs", {}).items()}
-    known = {label({k: run[k] for k in vary}): name for name, run in there.items()}
-    jobs, problems = {}, []
-    dataset, weights = functools.cache(Dataset), functools.cache(open_weights)
-    told = [name for name in given if name not in OWN] + ["dtype", "out_dir"]
+    # a run that an earlier command began, with fewer settings varied, keeps its folder
+    top = first.out_dir if "out_dir" in given else os.path.join("out", f"{first.name}-sweep")
+    old = read_json(f"{top}/sweep.json")
+    vary = [name for name in names if name in varied.union(old.get("vary", ()))]
+    known = {label(settings): name for name, settings in runs_of(old, vary).items()}
+
+    # one dtype for all; printed commands may run on another machine, which then chooses
+    device = torch.device("cpu") if first.print else choose_device(first, ranks_of({}))
+    machine, dtype = Machine(device, torch.float32), old.get("config", {}).get("dtype", "auto")
+    told = [name for name in given if name not in (*OWN, "dtype")] + ["dtype", "out_dir"]
+    jobs = {}
     for config in configs:
         settings = {name: getattr(config, name) for name in vary}
-        name = known.get(label(settings)) or folder_name(settings)
-        config = config.changed(out_dir=os.path.join(top, name))
-        try:
-            if config.init_from:
-                config = with_shape_of(config, weights(config.init_from))
-            train = dataset(config.dataset, config.data_dir).split("train")
-            batches, steps = batches_of(config, train)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        trial = Trial(config.out_dir, settings, steps, config)
+        if any(trial.settings == settings for trial in jobs):
+            continue  # a value was given twice
+        folder = os.path.join(top, known.get(label(settings)) or folder_name(settings))
+        kept = dtype if config.dtype == "auto" else config.dtype
+        config = config.changed(out_dir=folder, dtype=kept)
+        settled, _ = settle(config, machine)
+        if not config.print:
+            dtype = settled.dtype
+            config = config.changed(dtype=dtype)
+        first = first if jobs else config
+        _, steps = batches_of(settled, open_dataset(config.dataset, config.data_dir).split("train"))
         words = [path, *(f"--{name}={getattr(config, name)}" for name in told), "--resume"]
-        jobs[config.out_dir] = Job(trial, words)
-    if problems:
-        raise UserError("; ".join(dict.fromkeys(problems)))
-    return top, configs[0].changed(out_dir=top), list(jobs.values())
+        jobs[Trial(folder, settings, steps)] = words
+    return top, first, jobs
 
 
-def settle_all(configs, kept):
-    """Configs with one compute dtype for all that leave it to the machine: the one that the sweep
-    began with, if any. Printed commands may run elsewhere, and choose there."""
-    first = configs[0]
-    if first.dtype != "auto" or (first.print and not kept):
-        return configs
-    machine = Machine(choose_device(first, ranks_of({})), torch.float32)
-    dtype = settle_dtype(first, machine, kept).dtype
-    return [config.changed(dtype=dtype) for config in configs]
+def runs_of(sweep, vary):
+    """{folder: settings} of the runs in a sweep.json. Names in vary to which its command gave one
+    value have that."""
+    config = sweep.get("config", {})
+    common = {name: config.get(name, getattr(Config, name)) for name in vary}
+    return {folder: common | settings for folder, settings in sweep.get("runs", {}).items()}
 
 
-def claim(top, config, jobs, this_command, lock):
-    """Own the sweep's folder, and write sweep.json: its runs so far with what varies and how many
-    steps they take, the settings of the first, the command. Raises UserError."""
-    trials = {os.path.basename(job.trial.folder): job.trial for job in jobs}
-    vary = list(jobs[0].trial.settings)
+def folder_name(settings):
+    """The name of a run's folder: its settings, shortened where file systems would refuse them."""
+    name = quote(label(settings), safe="=,+")
+    return name if len(name) < 256 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def claim(top, config, trials, this_command, lock):
+    """Own the sweep's folder, and write sweep.json: the command, the settings of the first run, and
+    for all runs what varies and their steps. Raises UserError."""
+    new, vary = config.plain(), list(trials[0].settings)
     try:
         os.makedirs(top, exist_ok=True)
         lock.take(f"{top}/.lock", top, "wait for it, or choose another --out_dir")
-        for trial in trials.values():  # one that a killed sweep has left may still go on
-            if os.path.exists(f"{trial.folder}/.lock"):
-                with Lock() as left:
-                    left.take(f"{trial.folder}/.lock", trial.folder, "wait for its end, or end it")
         old = read_json(f"{top}/sweep.json")
-        fixed = old.get("config", {}) | {name: getattr(config, name) for name in vary}
-        if old and (differ := config.differences(fixed)):
+        before = new | old.get("config", {}) | {name: new[name] for name in vary}
+        shared = [name for name in SHARED if before[name] not in ("auto", new[name])]
+        changed = [f"{name} was {before[name]}, now {new[name]}" for name in shared]
+        if changed := config.differences(before) + changed:
             raise UserError(
-                f"{top} holds another sweep ({'; '.join(differ)}), `{old['command']}`; choose "
+                f"{top} holds another sweep, `{old['command']}`: {'; '.join(changed)}; choose "
                 "another --out_dir"
             )
-        runs = {name: trial.settings for name, trial in trials.items()}
-        steps = {name: trial.steps for name, trial in trials.items()}
-        # the runs of before have the settings that have begun to vary
-        adopted = {name: old["config"] | run for name, run in old.get("runs", {}).items()}
-        runs = {name: {k: run[k] for k in vary} for name, run in adopted.items()} | runs
-        metadata = dict(command=this_command, vary=vary, runs=runs)
-        metadata |= dict(steps=old.get("steps", {}) | steps, config=config.plain())
-        write_text(f"{top}/sweep.json", json.dumps(metadata, indent=2) + "\n")
+        runs, steps = runs_of(old, vary), old.get("steps", {})
+        for trial in trials:
+            name = os.path.basename(trial.folder)
+            runs[name], steps[name] = trial.settings, trial.steps
+        sweep = dict(command=this_command, vary=vary, runs=runs, steps=steps, config=new)
+        write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write into {top}: {error.strerror}; fix that") from None
 
 
-# --- the runs
-
-
-def go(jobs, at_once, stop):
+def go(jobs, config, stop):
     """Run what is left, to its end or to a signal; the runs then save and stop, too."""
-    waiting = [job for job in jobs if not job.trial.is_over()]
-    running, looked = {}, 0.0  # {slot: (Job, its process)}, when all were looked at
-    total, done = sum(job.trial.steps for job in jobs), sum(job.trial.done for job in jobs)
-    bar = progress(total, "sweep", initial=done, unit="step")
+    left = [trial for trial in jobs if trial.state != "finished"]
+    waiting = [trial for trial in left if trial.done <= trial.steps]  # longer ones stay as they are
+    running, told = {}, False  # running: {slot: (Trial, its process)}
+    bar = progress(len(jobs), "sweep", initial=len(jobs) - len(left), unit="run")
     while running or (waiting and not stop):
         # start what may run
-        for slot in range(at_once):
+        for slot in range(config.jobs):
             if waiting and slot not in running and not stop:
-                job = waiting.pop(0)
-                running[slot] = job, start(job, slot, at_once)
+                trial = waiting.pop(0)
+                running[slot] = trial, start(trial.folder, jobs[trial], config, slot)
+        time.sleep(0.5)
 
-        # see what has ended
-        time.sleep(0.2)
-        for slot, (job, process) in list(running.items()):
-            if stop:
-                process.terminate()  # does nothing where it has ended, or been told
+        # pass a signal on, once: a second would end a run without its checkpoint
+        if stop and not told:
+            told = True
+            for _, process in running.values():
+                process.terminate()
+
+        # what has ended
+        for slot, (trial, process) in list(running.items()):
             if process.poll() is not None:
                 del running[slot]
-                job.trial.look(process.returncode)
-                bar.write(f"{label(job.trial.settings)}: {job.trial.state}", file=sys.stderr)
-
-        # now and then, how far the others are
-        if time.monotonic() - looked > 5:
-            for job, _ in running.values():
-                job.trial.look()
-            looked = time.monotonic()
-            bar.set_postfix_str(f"{len(waiting)} runs waiting", refresh=False)
-            bar.update(sum(job.trial.done for job in jobs) - bar.n)
+                trial.look()
+                why = f" (exit code {process.returncode}, {trial.folder}/log.txt)"
+                why = why if process.returncode else ""
+                bar.write(f"{label(trial.settings)}: {trial.state}{why}", file=sys.stderr)
+                bar.update(trial.state == "finished")
     bar.close()
 
 
-def start(job, slot, at_once):
+def start(folder, words, config, slot):
     """Start a run as a process of its own, its output into its log.txt."""
-    folder, device, env = job.trial.folder, job.trial.config.device, dict(os.environ)
-    if at_once > 1:
+    env = dict(os.environ)
+    if config.jobs > 1:
         there = ",".join(map(str, range(torch.cuda.device_count())))
         gpus = (env.get("CUDA_VISIBLE_DEVICES") or there).split(",")
-        if device in ("auto", "cuda"):
+        if config.device in ("auto", "cuda"):
             env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // at_once)))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // config.jobs)))
     os.makedirs(folder, exist_ok=True)
-    words = [sys.executable, str(ROOT / "train.py"), *job.words]
     with open(f"{folder}/log.txt", "ab") as log:
-        log.write(f"\n$ {command('train.py', *job.words)}\n".encode())
+        log.write(f"\n$ {command('train.py', *words)}\n".encode())
         log.flush()
         streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        return subprocess.Popen(words, env=env, **streams)
-
-
-# --- the command
+        program = [sys.executable, str(ROOT / "train.py")]
+        # in a session of its own: the terminal's Ctrl-C comes to the sweep alone
+        return subprocess.Popen([*program, *words], env=env, start_new_session=True, **streams)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     top, config, jobs = jobs_of(argv)
-    this_command = command("sweep.py", *argv)
-
-    def finished():
-        return sum(job.trial.loss is not None for job in jobs)
-
-    plan = (
-        f"sweep   {len(jobs)} runs in {top}, {finished()} of them finished; {config.jobs} at a time"
-    )
+    this_command, steps = command("sweep.py", *argv), sum(trial.steps for trial in jobs)
+    plan = f"sweep   {len(jobs)} runs of {steps:,} steps in all, in {top}; {config.jobs} at a time"
     if config.dry_run:
         return print(plan)
     with stop_signals() as stop, Lock() as lock:
-        claim(top, config, jobs, this_command, lock)
+        claim(top, config, list(jobs), this_command, lock)
         if config.print:
-            return print("\n".join(command("train.py", *job.words) for job in jobs))
+            return print("\n".join(command("train.py", *words) for words in jobs.values()))
         print(plan, flush=True)
-        go(jobs, config.jobs, stop)
-    if stop and finished() < len(jobs):
-        print(
-            f"stopped: {finished()} of {len(jobs)} runs are finished; resume with: {this_command}"
-        )
+        go(jobs, config, stop)
+    for trial in jobs:
+        trial.look()  # what a killed sweep had left may have ended, too
+    done = sum(trial.state == "finished" for trial in jobs)
+    if stop and done < len(jobs):
+        print(f"stopped: {done} of {len(jobs)} runs are finished; resume with: {this_command}")
         return 1
     report.main([top])
-    return int(finished() < len(jobs))
+    return int(done < len(jobs))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from lab.evaluate import evaluate, figures_text
 from lab.folder import Folder, load_checkpoint
 from lab.generate import continue_texts
 from lab.machine import open_machine
-from lab.notebook import chinchilla, conclusion_of, perplexity, verdict, write_entry
+from lab.notebook import chinchilla, invite, perplexity, verdict, write_entry
 from lab.optimizer import warmup_of
 from lab.state import State
 from lab.trainer import Trainer, micro_batch_size
@@ -92,7 +92,7 @@ def train(config, machine, folder, stop, resume_command):
         trainer.load_state_dict(checkpoint)
     del checkpoint, weights  # or their copies of the weights would stay
     folder.begin(state, describe(config, dataset, model, batches, total_steps))
-    folder.write("conclusion.md", lambda: conclusion_of(folder.path))
+    folder.write("conclusion.md", lambda: invite(folder.path))
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
 
 
@@ -112,8 +112,8 @@ def plan_text(config, machine, dataset, model, batches, total_steps):
         "data": f"{config.dataset}: {tokens:,} training tokens, "
         f"{dataset.counts['val'].tokens:,} validation tokens",
         "ratio": f"{tokens / n['total']:.2f} tokens per parameter in an epoch, "
-        f"{run_tokens / n['total']:.2f} in the run; Chinchilla's is 20",
-        "": chinchilla(n["total"], tokens),
+        f"{run_tokens / n['total']:.2f} in the run",
+        "": f"{chinchilla(n['total'], tokens)} (20 tokens per parameter)",
         "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = "
         f"{step_tokens:,} tokens, {batches.windows / config.batch_size:,.1f} per epoch, "
         f"{warmup_of(config, total_steps)} of warm-up, in forward passes of {micro} sequences",

@@ -2,7 +2,7 @@
 
 Question: what does a small model learn from one pass over Python's own documentation, in about a
 minute?
-    4 x 128 = 512 tokens a step, about 240 steps
+    4 x 128 = 512 tokens per step, about 240 steps
 Expected: a loss that falls from 7 (word frequencies alone) to about 4, and text that looks like
 documentation from afar.
 """

@@ -1,11 +1,11 @@
 """Experiment 1: does a model near Chinchilla's size for the data overfit less?
 
-Question: the model before this one (3.4 M parameters) was 29 times larger than Chinchilla's
-optimum for WikiText-2 and overfitted badly. This one has 869,153 parameters (the notebook first
+Question: the model before this one had 3.4 M parameters, 29 times Chinchilla's optimum for
+WikiText-2, and overfitted badly. This one has 869,153 parameters (the original notebook first
 wrote 819,153).
-    D = 2,347,038 training tokens an epoch, D / N = 2.7; Chinchilla's optimum N = D / 20 = 117
-        K, so 7.4 times over
-    8 x 512 = 4,096 tokens a step, 573 steps an epoch
+    D = 2,347,038 training tokens per epoch, D / N = 2.7; Chinchilla's optimum is N = D / 20 =
+        117 K, and this model has 7.4 times as many parameters
+    8 x 512 = 4,096 tokens per step, 573 steps per epoch
 Expected: better text and less overfitting than before; no figure given.
 Recorded: validation perplexity 464.64 at epoch 209.
 """

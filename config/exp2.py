@@ -1,11 +1,11 @@
 """Experiment 2: was experiment 1 starved of data, or too small?
 
-Question: the same 869,153 parameters on WikiText-103, 49 times the tokens. If the text is still
-poor, size is to blame.
-    D = 115,716,078 training tokens an epoch, D / N = 133; Chinchilla asks for 20, so 6.7
-        times over in one epoch
-    32 x 512 = 16,384 tokens a step, 7,063 steps an epoch
-Expected: one epoch is enough to be past Chinchilla's ratio; no perplexity given. The run recorded
+Question: the same 869,153 parameters on WikiText-103, with 49 times the tokens. If the text is
+still poor, the size is to blame.
+    D = 115,716,078 training tokens per epoch, D / N = 133; Chinchilla's ratio is 20, and one
+        epoch has 6.7 times as many tokens
+    32 x 512 = 16,384 tokens per step, 7,063 steps per epoch
+Expected: one epoch is enough to pass Chinchilla's ratio; no perplexity given. The recorded run
 went on for 10.
 Recorded: validation perplexity 364.71 at epoch 10, still falling.
 """

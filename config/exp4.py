@@ -1,10 +1,10 @@
 """Experiment 4: does width lift experiment 3's ceiling?
 
 Question: experiment 3 stopped improving at perplexity 66. Twice the width, the same 4 layers:
-16,206,673 parameters (the notebook first wrote about 18 M).
-    D = 115,716,078 training tokens an epoch, D / N = 7.1; Chinchilla's optimum N = 5.8 M, so
-        2.8 times over
-    32 x 512 = 16,384 tokens a step, 7,063 steps an epoch
+16,206,673 parameters (the original notebook first wrote about 18 M).
+    D = 115,716,078 training tokens per epoch, D / N = 7.1; Chinchilla's optimum is N = 5.8 M,
+        and this model has 2.8 times as many parameters
+    32 x 512 = 16,384 tokens per step, 7,063 steps per epoch
 Expected: validation perplexity 45 to 55, several sentences on one topic.
 Recorded: 46.33 at epoch 9 after 404 minutes on two RTX 4000 Ada, still falling.
 """

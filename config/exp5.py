@@ -1,10 +1,11 @@
 """Experiment 5: does depth keep the topic?
 
 Question: experiment 4 reached 46 by width, yet the topic drifted after 15 to 20 words. Twice the
-layers at the same width: 19,365,713 parameters (the notebook first wrote about 28 M).
-    D = 115,716,078 training tokens an epoch, D / N = 6.0; Chinchilla's optimum N = 5.8 M, so
-        3.3 times over
-    32 x 512 = 16,384 tokens a step, 7,063 steps an epoch
+layers at the same width: 19,365,713 parameters (the original notebook first wrote about
+28 M).
+    D = 115,716,078 training tokens per epoch, D / N = 6.0; Chinchilla's optimum is N = 5.8 M,
+        and this model has 3.3 times as many parameters
+    32 x 512 = 16,384 tokens per step, 7,063 steps per epoch
 Expected: validation perplexity 35 to 42, less topic drift. Meant as "a 12 hours kinda run",
 patience 5.
 Recorded: nothing yet.

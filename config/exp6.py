@@ -1,12 +1,12 @@
 """Experiment 6: what next, after depth?
 
-Question: experiment 5's parameters, data, batch and epochs. How far does the block of the years
-since GPT-2, with Muon, lower the perplexity? 19,338,609 parameters of experiment 5's 19,365,713.
-    D = 115,716,078 training tokens an epoch, D / N = 6.0; 32 x 512 = 16,384 tokens a step,
-        7,063 steps an epoch
-Expected: below experiment 5. Over one epoch of 1.05e8 tokens of Wikipedia articles it was, by 0.44
-nats (docs/experiments.md). Its learning rate is the only one that was tried there; its decay and
-Muon's rate are exp6_small's best. Several epochs have not been run, and might want dropout.
+Question: how far does the modern block, with Muon, lower the perplexity, at experiment 5's data,
+batch and epochs? 19,338,609 parameters; experiment 5 has 19,365,713.
+    D = 115,716,078 training tokens per epoch, D / N = 6.0
+    32 x 512 = 16,384 tokens per step, 7,063 steps per epoch
+Expected: below experiment 5. Over one epoch of 1.05e8 tokens of Wikipedia articles the loss was
+0.44 nats per token lower (docs/experiments.md). No other learning rate was tried there; the weight
+decay and Muon's rate are exp6_small's best. Several epochs were not run, and may need dropout.
 Experiment 5's patience and 12 hours are left out: the trapezoid's gain comes in the last 40 % of
 the steps.
 """

@@ -1,13 +1,12 @@
 """Experiment 6 at experiment 1's size: what has the field learned since GPT-2?
 
-Question: at equal parameters and equal tokens, how much lower than experiment 1 does the loss
-come with rotary positions, RMSNorm, normalised queries and keys, a squared ReLU, Muon, and a head
-bias that begins at word frequencies? The positions' parameters are free now, and go into the
-MLPs: 868,713 parameters of experiment 1's 869,153.
-    D = 2,347,038 training tokens an epoch, D / N = 2.7; 8 x 512 = 4,096 tokens a step, 573
-        steps an epoch
-Expected: at least 0.20 nats a token below experiment 1. What was measured is in
-docs/ablations.md.
+Question: at equal parameters and tokens, how far below experiment 1's is the loss with rotary
+positions, RMSNorm, normalised queries and keys, a squared ReLU, Muon, and a head bias that begins
+at the log token frequencies? The MLPs get the parameters of the learned positions: 868,713
+parameters; experiment 1 has 869,153.
+    D = 2,347,038 training tokens per epoch, D / N = 2.7
+    8 x 512 = 4,096 tokens per step, 573 steps per epoch
+Expected: at least 0.20 nats per token below experiment 1. docs/ablations.md has the measurements.
 """
 
 dataset = "wikitext-2"

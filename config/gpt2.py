@@ -1,13 +1,13 @@
 """GPT-2, fine-tuned: what does WikiText add to a model that has read the web?
 
-Question: OpenAI's GPT-2 was trained on pages that people linked to, with Wikipedia left out. How
-far does one pass over WikiText take it, and what does it lose elsewhere?
-    N = 124,439,808 parameters, no bias at the head, so that transformers can have it back
-    D = 115,716,078 training tokens an epoch, D / N = 0.93 on top of what it has read
-    32 x 1024 = 32,768 tokens a step, 3,532 steps an epoch
-The rate is a tenth of experiment 5's: what the model knows is to be bent, not drawn anew.
+Question: OpenAI trained GPT-2 on web pages, without Wikipedia. How far does one epoch of WikiText
+take it, and what does it lose elsewhere?
+    N = 124,439,808 parameters, without a head bias, so that transformers can read the result
+    D = 115,716,078 training tokens per epoch, D / N = 0.93, beside what it was trained on
+    32 x 1024 = 32,768 tokens per step, 3,532 steps per epoch
+The learning rate is a tenth of experiment 5's, so that the model keeps most of what it knows.
 Expected: a validation loss below that of the released weights, which `--eval_only` prints while
-out/gpt2 holds no run. No figure is promised. docs/finetuning.md says what to compare it with.
+out/gpt2 holds no run; no figure given. docs/finetuning.md says what to compare it with.
 Recorded: nothing yet.
 """
 

@@ -1,7 +1,7 @@
-"""The terminal: a mistake as one line, output that may fail, Ctrl-C, and commands to copy."""
+"""The terminal: mistakes in one line, output that may fail, Ctrl-C, and commands to copy."""
 
 import contextlib
-import errno
+import io
 import os
 import shlex
 import shutil
@@ -19,11 +19,11 @@ class UserError(Exception):
 
 def first_line(error):
     """An exception's type and first line, for a message of one line."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0] or 'no message'}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def cpu_cores():
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -38,56 +38,64 @@ def nearby(path):
 
 def python():
     """The command that starts this Python."""
-    for name in ("python", "python3"):
-        if shutil.which(name) == sys.executable:
-            return name
-    return shlex.quote(nearby(sys.executable))
+    known = shutil.which("python") == sys.executable
+    return "python" if known else quote(nearby(sys.executable))
 
 
 def torchrun(processes):
-    """The command that starts so many processes of the script that follows it."""
-    ours = os.path.join(os.path.dirname(sys.executable), "torchrun")
-    module = f"{python()} -m torch.distributed.run"
-    start = "torchrun" if shutil.which("torchrun") == ours else module
-    return f"{start} --nproc_per_node={processes}"
+    """The command that starts the script named after it in several processes."""
+    return f"{python()} -m torch.distributed.run --nproc_per_node={processes}"
+
+
+def quote(word):
+    """A word quoted for the shell, on one line even if it has a line break."""
+    if "\n" not in word:
+        return shlex.quote(word)
+    word = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{word}'"
 
 
 def command(script, *words, processes=1):
-    """The command that runs a script of ours from the folder that the user is in, in so many
-    processes. A word that is a Path is shown from there, too."""
+    """The command that runs a script of this program, typed in the current folder. Words that are
+    Paths are shown relative to that folder."""
     start = torchrun(processes) if processes > 1 else python()
     shown = [nearby(word) if isinstance(word, Path) else str(word) for word in words]
-    return " ".join([start, *map(shlex.quote, [nearby(ROOT / script), *shown])])
+    return " ".join([start, *map(quote, [nearby(ROOT / script), *shown])])
 
 
 # --- output
 
 
-class Output:
-    """A text stream that loses what a full disk or a closed terminal refuses, and fails no program
-    for it. `error` is the first OSError; where `strict`, flush() raises it."""
+class Output(io.FileIO):
+    """Standard output or error. What a full disk or a closed terminal refuses is dropped, so that
+    no run is lost because its log cannot be written."""
 
-    def __init__(self, stream, strict=False):
-        self.stream, self.strict, self.error = stream, strict, None
-        stream.reconfigure(errors="replace")  # characters that its encoding lacks become "?"
+    strict = False  # whether the first write that fails raises its OSError
+    failed = None  # that error
 
-    def write(self, text):
+    def write(self, data):
         try:
-            return self.stream.write(text)
+            return super().write(data) or len(data)  # None: a pipe that does not block is full
         except OSError as error:
-            self.error = self.error or error
-            return len(text)
+            if self.strict and not self.failed:
+                self.failed = error
+                raise
+            return len(data)
 
-    def flush(self):
-        try:
-            self.stream.flush()
-        except OSError as error:
-            self.error = self.error or error
-        if self.strict and self.error:
-            raise self.error
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+def open_streams(strict):
+    """Make standard output and error survive what they cannot write. strict: see run()."""
+    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
+        if getattr(sys, name) is None:  # closed; the next file to be opened would get its number
+            null = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(null, mode, closefd=False))
+    sys.stdin.reconfigure(errors="replace", newline="\n")
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        output = Output(old.fileno(), "wb", closefd=False)
+        output.strict = strict and name == "stdout"
+        buffer = io.BufferedWriter(output)
+        setattr(sys, name, io.TextIOWrapper(buffer, old.encoding, "replace", line_buffering=True))
 
 
 def warn(text):
@@ -95,92 +103,77 @@ def warn(text):
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def progress(total, description, **kwargs):
-    """A tqdm bar on a terminal; in a log file, a line every 30 seconds."""
-    from tqdm import tqdm
-
-    if not sys.stderr.isatty():
-        kwargs |= dict(file=Lines(), mininterval=30, miniters=1, delay=30, position=0, ncols=100)
-        return tqdm(total=total, desc=description, **kwargs)
-    return tqdm(total=total, desc=description, dynamic_ncols=True, **kwargs)
-
-
-class Lines:
-    """Standard error for tqdm where it is no terminal: a line instead of a carriage return."""
+class Log(io.TextIOBase):
+    """Standard error for tqdm in a log file: lines, where a terminal gets carriage returns."""
 
     def write(self, text):
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
 
-    def flush(self):
-        sys.stderr.flush()
+
+def progress(total, description, **kwargs):
+    """A tqdm bar on a terminal; in a log file, a line every 30 seconds."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        kwargs |= dict(file=Log(), mininterval=30, miniters=1, delay=30, position=0, ncols=100)
+    return tqdm(total=total, desc=description, **kwargs)
 
 
-# --- signals, and the end of a program
+# --- the end of a program
 
 
 @contextlib.contextmanager
 def stop_signals(quiet=False):
-    """A list that is empty until SIGINT, SIGTERM or SIGHUP comes; whoever works looks at it between
-    two steps. A second Ctrl-C ends the process. SIGHUP stays ignored where it was (nohup)."""
-    seen = []  # when they came
+    """A list that is empty until SIGINT, SIGTERM or SIGHUP comes. The loop looks at it between two
+    steps. A second Ctrl-C ends the process at once. quiet: print nothing."""
+    seen = []  # when the signals came, in seconds
 
-    def handler(number, frame):
+    def handle(number, frame):
         seen.append(time.monotonic())
-        text = b"\nstopping after this step; Ctrl-C again ends at once\n"
-        is_second = len(seen) > 1
-        if is_second:
-            # torchrun sends the first Ctrl-C twice
-            if number != signal.SIGINT or seen[-1] - seen[0] < 1:
-                return
-            text = b"\nended at once; the last checkpoint is whole\n"
-        with contextlib.suppress(OSError):
-            os.write(2, b"" if quiet else text)
-        if is_second:
+        # torchrun sends the first Ctrl-C twice
+        at_once = number == signal.SIGINT and seen[-1] - seen[0] > 1
+        text = "ended at once" if at_once else "stopping after this step; Ctrl-C again ends at once"
+        if not quiet and (at_once or len(seen) == 1):
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())  # the signal may have come amid a print()
+        if at_once:
             os._exit(1)
 
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    old = {number: signal.getsignal(number) for number in numbers}
-    heard = [number for number in numbers if old[number] != signal.SIG_IGN]
-    for number in heard:
-        signal.signal(number, handler)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield seen
     finally:
-        for number in heard:
-            signal.signal(number, old[number])
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def run(main, strict=False):
-    """Call main() and end the process: 0 done, 2 the user's mistake, 1 anything else.
+    """Call main() and end the process. Exit codes: 0 done, 2 the user's mistake, 1 anything else.
 
-    strict: standard output is what the command is for, so that a failed write there is an error;
-    one into a closed pipe, as of `| head`, is none to speak of.
+    strict: standard output is what the command is for; a write there that fails ends the process.
     """
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:  # closed before the program began
-            setattr(sys, name, open(os.devnull, mode))
-    sys.stdin.reconfigure(errors="replace", newline="\n")
-    sys.stdout, sys.stderr = Output(sys.stdout, strict), Output(sys.stderr)
-    text = ""
+    open_streams(strict)
     try:
         if not hasattr(os, "sysconf"):
             raise UserError("this program runs on Linux and macOS; on Windows, run it in WSL")
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        code, text = 2, "error: " + " ".join(str(error).splitlines())
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has printed the error
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
-        code, text = 1, "interrupted"
-    except OSError as error:
-        if error is not sys.stdout.error:
-            raise
+        print("interrupted", file=sys.stderr)
         code = 1
-        if error.errno != errno.EPIPE:
-            text = f"error: cannot write to standard output: {error.strerror}"
-    sys.stdout.strict = False
-    if text:
-        if int(os.environ.get("LOCAL_RANK") or 0) > 0:
-            time.sleep(2)  # torchrun ends this rank by then, where rank 0 has said the same
-        print(text, file=sys.stderr, flush=True)
+    except OSError as error:
+        if error is not sys.stdout.buffer.raw.failed:
+            raise
+        if not isinstance(error, BrokenPipeError):  # as `| head` closes it
+            print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        code = 1
     sys.exit(code)

@@ -1,14 +1,12 @@
 """A sweep's folder: its runs, those that differ by seed alone put together, and what they say.
 Needs no torch."""
 
-import hashlib
 import math
+import re
 import statistics
-from pathlib import Path
-from urllib.parse import quote
 
-from lab.folder import read_json
-from lab.notebook import Record, figure, table
+from lab.folder import read_bytes, read_json
+from lab.notebook import SavedRun, figure, table
 
 # Student's t, two-sided at 95 %, for 1, 2, ... degrees of freedom; the last stands for all above
 STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
@@ -17,42 +15,36 @@ STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
 class Trial:
     """One run of a sweep, as its folder tells it."""
 
-    def __init__(self, folder, settings, steps, config=None):
-        """settings: those that vary, {name: value}. steps: as many as the sweep asks for, None
-        where it does not say. config: the run's Config, for who starts it."""
-        self.folder, self.settings, self.steps, self.config = folder, settings, steps, config
+    def __init__(self, folder, settings, steps=None):
+        """settings: those that vary, {name: value}. steps: as many as the sweep asks for; None in a
+        sweep.json that does not say."""
+        self.folder, self.settings, self.steps = folder, settings, steps
         self.look()
 
-    def look(self, exit_code=None):
-        """Read the folder anew: the steps done, the state, and the loss once it is finished.
-        exit_code: of the run's process, which has ended."""
-        self.record = Record(self.folder)
-        lines = self.record.training + self.record.evaluations
-        self.done = max((line["step"] for line in lines), default=0)
+    def look(self):
+        """Read the folder anew: the steps done, the state, and the loss once it is finished."""
+        run = SavedRun(self.folder)
+        self.done = max((line["step"] for line in run.training + run.evaluations), default=0)
+        planned = run.metadata.get("steps", 0)
+        asked = self.steps or planned
+        self.val_text = run.metadata.get("data", {}).get("splits", {}).get("val", {}).get("sha256")
         self.loss = None
-        self.state = f"not finished, step {self.done:,}" if self.done else "not begun"
-        if self.record.final and self.record.evaluations:
-            planned = self.record.metadata.get("steps")
-            if self.steps in (None, planned):
-                self.state, self.loss = "finished", self.record.best()["val_loss"]
-            else:
-                self.state = f"has {planned:,} steps, the sweep asks for {self.steps:,}"
+        if self.done > asked:
+            self.state = f"has {self.done:,} steps, the sweep asks for {asked:,}"
+        # one that ended before its own plan did so by patience or max_hours
+        elif run.final and run.evaluations and (self.done == asked or self.done < planned):
+            self.state, self.loss = "finished", run.best()["val_loss"]
         elif error := last_error(self.folder):
             self.state = f"failed: {error}"
-        elif exit_code:
-            self.state = f"failed: exit code {exit_code}"
-
-    def is_over(self):
-        """Whether there is nothing to run: it is finished, or has taken more steps."""
-        return self.loss is not None or (bool(self.record.final) and self.done > self.steps)
+        else:
+            self.state = f"not finished, step {self.done:,}" if self.done else "not begun"
 
 
 def last_error(folder):
     """What ended a run the last time that the sweep started it, as its log says; "" if nothing."""
-    log = Path(folder, "log.txt")
-    last = log.read_text(errors="replace").rpartition("\n$ ")[2] if log.exists() else ""
-    errors = [line for line in last.splitlines() if line.startswith("error: ")]
-    return errors[-1].removeprefix("error: ").partition("; ")[0] if errors else ""
+    _, _, last = read_bytes(f"{folder}/log.txt").decode(errors="replace").rpartition("\n$ ")
+    errors = re.findall("(?m)^error: (.*?)(?:; |$)", last)
+    return errors[-1] if errors else ""
 
 
 def is_sweep(folder):
@@ -67,25 +59,9 @@ def read_trials(folder):
     return [Trial(f"{folder}/{name}", s, steps.get(name)) for name, s in sweep["runs"].items()]
 
 
-def folder_name(settings):
-    """The name of a run's folder: what varies, cut where a file system takes no longer one."""
-    name = quote(label(settings), safe="=,+")
-    return (
-        name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
-    )
-
-
-# --- runs that differ by seed alone
-
-
-def label(settings):
-    """Settings as a run's folder and the sentences name them: learning_rate=0.004,seed=0."""
-    return ",".join(f"{name}={value}" for name, value in settings.items())
-
-
-def without(settings, *names):
-    """Settings without some of them."""
-    return {name: value for name, value in settings.items() if name not in names}
+def label(settings, *without):
+    """Settings, but for some, as one word: learning_rate=0.004,seed=0."""
+    return ",".join(f"{name}={value}" for name, value in settings.items() if name not in without)
 
 
 def groups_of(trials):
@@ -93,49 +69,46 @@ def groups_of(trials):
     groups = {}
     for trial in trials:
         if trial.loss is not None:
-            settings = without(trial.settings, "seed")
+            settings = dict(trial.settings)
+            seed = settings.pop("seed", None)
             _, losses = groups.setdefault(label(settings), (settings, {}))
-            losses[trial.settings.get("seed")] = trial.loss
+            losses[seed] = trial.loss
     return sorted(groups.values(), key=lambda group: statistics.mean(group[1].values()))
 
 
+def compare(trials):
+    """Whether the losses compare: the finished runs were measured on one validation text."""
+    return len({trial.val_text for trial in trials if trial.loss is not None}) < 2
+
+
 def spread(losses):
-    """The standard deviation; None of one."""
+    """The standard deviation; None for a single loss."""
     return statistics.stdev(losses) if len(losses) > 1 else None
 
 
 def difference(losses, best):
-    """(how far a group's losses are above the best's, the standard error of that, its degrees of
-    freedom), from their {seed: loss}. Seed by seed where they share two or more; None for an error
-    that too few runs leave unknown."""
-    each = [losses[seed] - best[seed] for seed in losses if seed in best]
-    if len(each) > 1:
-        return statistics.mean(each), spread(each) / math.sqrt(len(each)), len(each) - 1
-    both = [list(one.values()) for one in (losses, best)]
-    apart, fewest = statistics.mean(both[0]) - statistics.mean(both[1]), min(map(len, both))
-    if fewest < 2:
-        return apart, None, 0
-    return apart, math.hypot(*(spread(one) / math.sqrt(len(one)) for one in both)), fewest - 1
-
-
-def is_within_spread(apart, error, degrees):
-    """Whether a difference may be chance, at 95 %."""
-    return error is not None and abs(apart) <= STUDENT[min(degrees, len(STUDENT)) - 1] * error
-
-
-# --- what they say
+    """(how far a group's mean loss is above the best's, the standard error of that, whether it may
+    be chance, at 95 %), from their {seed: loss}. It is taken seed by seed; where they share fewer
+    than two seeds the error is None."""
+    pairs = [losses[seed] - best[seed] for seed in losses if seed in best]
+    if len(pairs) < 2:
+        return statistics.mean(losses.values()) - statistics.mean(best.values()), None, False
+    apart, error = statistics.mean(pairs), spread(pairs) / math.sqrt(len(pairs))
+    student = STUDENT[min(len(pairs) - 1, len(STUDENT)) - 1]
+    return apart, error, abs(apart) <= student * error
 
 
 def text(trials):
-    """A sweep as Markdown: a row a group, one a run that is not finished, and what they say."""
+    """A sweep as Markdown: a row for each group, one for each run that does not count, and what
+    they say."""
     groups, rows, names = groups_of(trials), [], list(trials[0].settings)
     for settings, losses in groups:
         seeds = ", ".join(map(str, losses))
         cells = [settings.get(name, seeds) for name in names]
         loss = with_error(statistics.mean(losses.values()), spread(losses.values()))
-        best = groups[0][1]
-        apart = "best" if losses is best else with_error(*difference(losses, best)[:2], "+")
-        rows.append([*cells, loss, apart, f"{len(losses)} finished"])
+        apart, error, _ = difference(losses, groups[0][1])
+        apart = "best" if losses is groups[0][1] else with_error(apart, error, "+")
+        rows.append([*cells, loss, apart if compare(trials) else "-", f"{len(losses)} finished"])
     rows += [[*t.settings.values(), "-", "-", t.state] for t in trials if t.loss is None]
     shown = table([*names, "val loss", "to the best", "runs"], rows)
     return "\n\n".join([shown, *sentences(trials, groups)])
@@ -150,17 +123,17 @@ def sentences(trials, groups):
     """What to know before one believes the table."""
     if not groups:
         return ["No run is finished yet."]
+    if not compare(trials):
+        return ["The validation texts differ, and losses compare on one text only."]
     said, (best, lowest) = [], groups[0]
-    tried = [t.settings for t in trials if t.loss is not None or t.state.startswith("failed")]
     for name, value in best.items():
-        values = {settings[name] for settings in tried}
+        values = {trial.settings[name] for trial in trials}
         if is_scale(values) and value in (min(values), max(values)):
             said.append(
                 f"The best {name}, {value}, lies at the edge of what was tried, {min(values)} to "
                 f"{max(values)}: a better one may lie beyond."
             )
-    near = [label(s) for s, losses in groups[1:] if is_within_spread(*difference(losses, lowest))]
-    if near:
+    if near := [label(s) for s, losses in groups[1:] if difference(losses, lowest)[2]]:
         said.append(
             "Within the spread of the seeds (Student's t, 95 %), so not to be told from the best: "
             f"{'; '.join(near)}."
@@ -175,39 +148,32 @@ def is_scale(values):
     return len(values) > 1 and all(type(value) in (int, float) for value in values)
 
 
-# --- the picture
-
-
 def draw(trials):
-    """A figure of the loss against each numeric setting (against the seed if there is no other), a
-    curve for each combination of the others. None while there is nothing to draw."""
-    finished = [trial for trial in trials if trial.loss is not None]
-    numeric = [k for k in trials[0].settings if is_scale({t.settings[k] for t in finished})]
-    names = [name for name in numeric if name != "seed"] or numeric
-    if not names:
+    """A figure of the mean losses, with their standard deviations, against each numeric setting: a
+    curve for each combination of the others. None while there is nothing to compare."""
+    groups = groups_of(trials)
+    names = [name for name in trials[0].settings if name != "seed"]
+    names = [name for name in names if is_scale({settings[name] for settings, _ in groups})]
+    if not names or not compare(trials):
         return None
     picture, axes = figure(len(names))
     for ax, name in zip(axes, names, strict=True):
-        draw_setting(ax, name, finished)
-    axes[0].set_ylabel("validation loss, nats a token")
+        # {the other settings: [(value, mean, deviation)]}, in the order of the runs
+        runs = [trial.settings for trial in trials if trial.loss is not None]
+        curves = {label(settings, name, "seed"): [] for settings in runs}
+        for settings, losses in groups:
+            mean, deviation = statistics.mean(losses.values()), spread(losses.values())
+            point = settings[name], mean, deviation or math.nan  # nan: no bar
+            curves[label(settings, name)].append(point)
+        for others, curve in curves.items():
+            line = dict(fmt="o-", markersize=4, capsize=3, label=others)
+            ax.errorbar(*zip(*sorted(curve), strict=True), **line)
+        ticks = sorted({settings[name] for settings, _ in groups})
+        ax.set_xscale("log" if 0 < 4 * ticks[0] <= ticks[-1] else "linear")
+        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        ax.minorticks_off()
+        ax.set_xlabel(name)
+        if len(curves) > 1:
+            ax.legend(fontsize=8)
+    axes[0].set_ylabel("validation loss, nats per token")
     return picture
-
-
-def draw_setting(ax, name, finished):
-    """Draw the loss over one setting: means over seeds, with their standard deviations."""
-    curves = {}  # {the other settings: {value: losses}}
-    for trial in finished:
-        curve = curves.setdefault(label(without(trial.settings, name, "seed")), {})
-        curve.setdefault(trial.settings[name], []).append(trial.loss)
-    for others, curve in curves.items():
-        xs = sorted(curve)
-        means = [statistics.mean(curve[x]) for x in xs]
-        spreads = [spread(curve[x]) or 0 for x in xs]
-        ax.errorbar(xs, means, spreads, fmt="o-", markersize=4, capsize=3, label=others)
-    ticks = sorted({trial.settings[name] for trial in finished})
-    ax.set_xscale("log" if 0 < 4 * ticks[0] <= ticks[-1] else "linear")
-    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    ax.minorticks_off()
-    ax.set_xlabel(name)
-    if len(curves) > 1:
-        ax.legend(fontsize=8)

@@ -15,15 +15,15 @@ WORDS = {
 }  # fmt: skip
 
 
-def setting(default, help, **more):
+def setting(default, help, low=None, below=None, choices=None, path=False, free=False, group=""):
     """A dataclass field with its reason and unit, and the values that it allows.
 
     low, below: low <= value < below. choices: one of them. path: a leading ~ stands for the user's
     home. free: a resumed run may have another value, since the experiment stays what it is. group:
-    the heading above it in --help.
+    the heading that --help prints before this field.
     """
-    rest = dict(low=None, below=None, choices=None, path=False, free=False, group="")
-    return dataclasses.field(default=default, metadata=dict(help=help, **(rest | more)))
+    rules = dict(help=help, low=low, below=below, choices=choices, path=path, free=free)
+    return dataclasses.field(default=default, metadata=rules | {"group": group})
 
 
 def fields_of(cls):
@@ -36,66 +36,65 @@ def types_of(field):
     return getattr(field.type, "__args__", (field.type,))
 
 
+def values_of(field):
+    """What a field takes, as a phrase."""
+    rules = field.metadata
+    if rules["choices"]:
+        return ", ".join(rules["choices"])
+    phrase = " or ".join("None" if t is type(None) else t.__name__ for t in types_of(field))
+    phrase += f", at least {rules['low']}" if rules["low"] is not None else ""
+    return phrase + (f", below {rules['below']}" if rules["below"] is not None else "")
+
+
 def from_text(field, text):
-    """The value that `text` on the command line means for a field; text that fits none of its types
-    is left as it is, for problem_of() to name."""
+    """The value that a text on the command line means for a field. Text that fits none of its types
+    stays text, for check() to name."""
     types = types_of(field)
     if bool in types or (type(None) in types and text.lower() in ("none", "auto")):
         return WORDS.get(text.lower(), text)
-    if types == (str,):
+    if str in types:
         return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
-        value = text
-    # one text is a tuple of one
-    return (text,) if tuple in types and not isinstance(value, (tuple, list)) else value
+        return text
+    return text if tuple in types and not isinstance(value, (tuple, list)) else value
 
 
 def as_meant(field, value):
-    """A value as its field holds it: 1e3 for an int, a list for a tuple, 1 for True, ~ for the
-    user's home."""
+    """A value as its field holds it: 1e3 for an int, 1 for True, a list or one text for a tuple,
+    the user's home for ~."""
     types = types_of(field)
     if isinstance(value, float) and float not in types and value.is_integer():
         return int(value)
-    if isinstance(value, list) and tuple in types:
-        return tuple(value)
     if isinstance(value, int) and bool in types and value in (0, 1):
         return bool(value)
+    if isinstance(value, (str, list)) and tuple in types:
+        return (value,) if isinstance(value, str) else tuple(value)
     if isinstance(value, str) and field.metadata["path"]:
         return os.path.expanduser(value)
     return value
 
 
 def did_you_mean(word, known):
-    """A hint at the known word that is nearest or that `word` abbreviates, as a phrase in brackets;
-    "" if there is none."""
-    initials = {"".join(part[0] for part in name.split("_") if part): name for name in known}
-    near = difflib.get_close_matches(str(word), known, n=1) or [initials.get(word)]
-    return f" (did you mean {near[0]}?)" if near[0] else ""
+    """A hint at the known word that has these initials or is nearest, in brackets; "" if none."""
+    near = [name for name in known if "".join(part[:1] for part in name.split("_")) == word]
+    near += difflib.get_close_matches(str(word), known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
-def problem_of(field, value):
-    """What is wrong with one value, as a phrase; "" if nothing is."""
-    name, types, about = field.name, types_of(field), field.metadata
-    fits = isinstance(value, types) or (float in types and isinstance(value, int))
-    if not fits or (isinstance(value, bool) and bool not in types):
-        return f"{name} takes {names_of(types)}, not {value!r}"
-    if value is None:
-        return ""
-    if about["choices"] and value not in about["choices"]:
-        hint = did_you_mean(value, about["choices"])
-        return f"{name} is one of {', '.join(about['choices'])}, not {value!r}{hint}"
-    low, below = about["low"], about["below"]
-    if low is not None and not low <= value < (below or float("inf")):
-        limit = f" and below {below}" if below else ""
-        return f"{name} must be finite, at least {low}{limit}, not {value}"
-    return ""
-
-
-def names_of(types):
-    """Types as a phrase: int or None."""
-    return " or ".join("None" if t is type(None) else t.__name__ for t in types)
+def allows(field, value):
+    """Whether a field may have this value."""
+    types, rules = types_of(field), field.metadata
+    if isinstance(value, bool) and bool not in types:  # a bool is an int, too
+        return False
+    if not isinstance(value, types) and not (float in types and isinstance(value, int)):
+        return False
+    if rules["choices"]:
+        return value in rules["choices"]
+    if rules["low"] is None or value is None:
+        return True
+    return rules["low"] <= value < (rules["below"] or float("inf"))  # False for nan
 
 
 def check(cls, values):
@@ -104,14 +103,15 @@ def check(cls, values):
     problems, right, fields = [], {}, fields_of(cls)
     for name, value in values.items():
         if name not in fields:
-            hint = did_you_mean(name, fields) or " (see --help)"
-            problems.append(f"unknown setting {name}{hint}")
+            problems.append(f"unknown setting {name}{did_you_mean(name, fields)}")
             continue
-        value = as_meant(fields[name], value)
-        if problem := problem_of(fields[name], value):
-            problems.append(problem)
-        else:
+        field = fields[name]
+        value = as_meant(field, value)
+        if allows(field, value):
             right[name] = value
+        else:
+            hint = did_you_mean(value, field.metadata["choices"] or ())
+            problems.append(f"{name} takes {values_of(field)}, not {value!r}{hint}")
     return cls(**right), problems, set(right)
 
 
@@ -126,38 +126,38 @@ def split_words(cls, argv, lists=()):
             alone.append(word)
             continue
         name, equals, text = word[2:].partition("=")
-        field, follows = fields.get(name), words and not words[0].startswith("--")
-        is_bool = field and bool in types_of(field)
+        field = fields.get(name)
         if not equals:
-            # a bool may stand bare, so that it takes the next word only if that is a bool's
-            if follows and (not is_bool or WORDS.keys() >= set(words[0].lower().split(","))):
+            # the next word is the value, but that of a bool only if it is a bool's
+            bare = field and bool in types_of(field)
+            follows = words and not words[0].startswith("--")
+            if follows and (not bare or WORDS.keys() >= set(words[0].lower().split(","))):
                 text = words.pop(0)
-            elif is_bool:
-                text = "True"
-            elif field:
-                problems.append(f"--{name} needs a value")
-                continue
-        if field and name in lists:
+            else:
+                text = "True" if bare else None
+        if not field:
+            problems.append(f"unknown setting {name}{did_you_mean(name, fields)}")
+        elif text is None:
+            problems.append(f"--{name} needs a value")
+        elif name in lists:
             values[name] = [from_text(field, part) for part in text.split(",")]
         else:
-            values[name] = from_text(field, text) if field else text
+            values[name] = from_text(field, text)
     return alone, values, problems
 
 
 def show_help(cls, usage):
-    """Print a command's usage and every setting of cls with its default and reason; exit 0. The
-    command's own come first, then a run's by their groups."""
+    """Print a command's usage and every setting of cls with its default and reason; exit 0."""
     print(
         f"usage: {usage}\n\nSettings, with their defaults; a bare --setting of type bool is True:"
     )
-    fields = fields_of(cls)
-    own = [name for name in fields if name in vars(cls).get("__annotations__", {})]
-    for name in own + [name for name in fields if name not in own]:
-        about = fields[name].metadata
-        if about["group"]:
-            print(f"\n{about['group']}:\n")
-        chosen = f" [{' | '.join(about['choices'])}]" if about["choices"] else ""
-        print(f"  --{name} {fields[name].default!r}\n        {about['help']}{chosen}")
+    own = cls.__annotations__  # a command's own settings come before those of a run
+    for name, field in sorted(fields_of(cls).items(), key=lambda item: item[0] not in own):
+        if field.metadata["group"]:
+            print(f"\n{field.metadata['group']}")
+        choices = field.metadata["choices"]
+        chosen = f" [{' | '.join(choices)}]" if choices else ""
+        print(f"  --{name} {field.default!r}\n        {field.metadata['help']}{chosen}")
     sys.exit(0)
 
 

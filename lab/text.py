@@ -11,14 +11,13 @@ import json
 import math
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from lab.console import UserError, first_line
+from lab.console import UserError, first_line, quote
 
 SPLITS = ("train", "val", "test")
 BLOCK = 1 << 20  # bytes of text that are read, encoded and written at a time
@@ -28,7 +27,6 @@ LONG_RUN = 50_000  # white space that is cut; tiktoken refuses runs of a million
 WHITE = r"[^\S\x1c-\x1f]"  # white space as GPT-2's pattern has it; Python's has four more
 # the last place at which that pattern splits a text in any case: between a word and white space
 CUT = re.compile(rf"(?s).*\S(?={WHITE}+\S)")
-IS_SPACE = np.array([chr(i).isspace() for i in range(0x3002)])  # no later character is one
 # WikiText's own names, the hub's with shard numbers and hashes, and what people write
 SPLIT_NAME = re.compile(
     r"(?:.*[^a-z0-9])?(training|train|validation|valid|val|dev|testing|test)"
@@ -82,14 +80,9 @@ def other_kind(path):
     if head[257:262] == b"ustar":
         found = [("tar", "tar xf")]
     for kind, convert in found:
-        return f"{kind}, not text; `{convert} {shlex.quote(str(path))}` makes text of it"
+        return f"{kind}, not text; `{convert} {quote(str(path))}` makes text of it"
     utf16 = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # text, for iconv
     return "binary, not text" if b"\0" in head and not utf16 else ""
-
-
-def is_legible(path):
-    """Whether a file is text or a table, of whatever kind."""
-    return suffix_of(path) == ".parquet" or "binary" not in other_kind(path)
 
 
 def read_chunks(path, start=0, end=math.inf):
@@ -107,11 +100,10 @@ def read_chunks(path, start=0, end=math.inf):
             except UnicodeDecodeError as error:
                 wrong = error.object[error.start :]
                 codec = "UTF-16" if wrong[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
-                name = shlex.quote(str(path))
                 get = "gzip -dc" if path.suffix.lower() == ".gz" else "cat"
                 raise UserError(
                     f"{path} is not UTF-8 at byte {position - len(wrong):,}; if it is {codec}, "
-                    f"`{get} {name} | iconv -f {codec} -t UTF-8 > NEW` converts it"
+                    f"`{get} {quote(str(path))} | iconv -f {codec} -t UTF-8 > NEW` converts it"
                 ) from None
             if not raw:
                 return
@@ -161,7 +153,7 @@ def text_of_json(line, column, where):
         )
     text = text_at(row, column, where)
     # half a character, such as "\\ud800" in JSON, is none in UTF-8
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text and text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def read_parquet(path, column):
@@ -170,9 +162,11 @@ def read_parquet(path, column):
 
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
+            first = next(file.iter_batches(batch_size=1), None)
+            for row in first.to_pylist() if first else ():
+                text_at(row, column, path)  # with all columns, for the message to name
             top = column if column in file.schema_arrow.names else column.split(".")[0]
-            columns = [top] if top in file.schema_arrow.names else None
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for batch in file.iter_batches(batch_size=1024, columns=[top]):
                 yield [text_at(row, column, path) for row in batch.to_pylist()], True
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         why = first_line(error)
@@ -180,14 +174,14 @@ def read_parquet(path, column):
 
 
 def text_at(row, column, where):
-    """The text of a row, a dict, under a column; "" for a null. Raises UserError."""
+    """The text of a row, a dict, under a column; None for a null. Raises UserError."""
     text = row
     for name in [column] if column in row else column.split("."):
         text = text.get(name, row) if isinstance(text, dict) else row
     if text is not None and not isinstance(text, str):
         names = ", ".join(names_of_texts(row)) or "no texts"
         raise UserError(f'{where}: no text under "{column}"; --column takes one of {names}')
-    return text or ""
+    return text
 
 
 def names_of_texts(row, prefix=""):
@@ -222,26 +216,27 @@ def find_files(folder):
 
 
 def split_of(name):
-    """(split, match) of a name that is a split's as people write it, such as dev, x-valid.txt or
-    test-00000-of-00002; else ("", None)."""
-    match = SPLIT_NAME.fullmatch(name) or SPLIT_NAME.fullmatch(os.path.splitext(name)[0])
-    return ({"tr": "train", "te": "test"}.get(match[1][:2], "val") if match else ""), match
+    """(split, what all of its files share) for a name that is a split's as people write it, such as
+    dev, x-valid.txt or test-00000-of-00002.txt; else ("", None)."""
+    stem = name.removesuffix(".gz")
+    match = SPLIT_NAME.fullmatch(stem) or SPLIT_NAME.fullmatch(os.path.splitext(stem)[0])
+    if not match:
+        return "", None
+    split = {"tr": "train", "te": "test"}.get(match[1][:2], "val")
+    return split, (name[: match.end(1)], name[match.end() :], match[2])
 
 
 def named_splits(where, files):
     """{split: {name: Path}} of files that have a split's name or lie in a folder that has one; {}
     where none has. Raises UserError where such names do not make one text."""
-    found, sets, at_the_top = {}, {}, False
+    found = {}  # {split: {name: what the files of one split share}}
+    at_the_top = False
     for name, path in files.items():
         parts = name.lower().split("/")
         for depth, part in enumerate(parts):
-            split, match = split_of(part.removesuffix(".gz"))
-            # what is binary may lie there: token files, pictures
-            if split and (depth == 0 or suffix_of(path) in DATA) and is_legible(path):
-                found.setdefault(split, {})[name] = path
-                # what the files of one split share: their folder, and their name but for the shard
-                shared = *parts[:depth], part[: match.end(1)], part[match.end() :], match[2]
-                sets.setdefault(split, []).append(shared)
+            split, shared = split_of(part)
+            if split and (suffix_of(path) in DATA or depth == 0 and path.suffix != ".bin"):
+                found.setdefault(split, {})[name] = (*parts[:depth], *shared)
                 at_the_top |= depth == 0
                 break
     if "train" not in found and not at_the_top:
@@ -252,13 +247,14 @@ def named_splits(where, files):
             f"{where} has no train split beside {names}; name the training text train.txt or "
             "train/, or rename what is no split"
         )
-    for split, shared in sets.items():
-        if len(set(shared)) > 1 or int(shared[0][-1] or len(shared)) != len(shared):
+    for split, part in found.items():
+        *_, shards = shared = next(iter(part.values()))
+        if set(part.values()) != {shared} or (shards and int(shards) != len(part)):
             raise UserError(
                 f"{where}: the {split} split must be one file, one folder or all of its shards; "
                 f"give --source one folder or file of {names}"
             )
-    return {split: found[split] for split in SPLITS if split in found}
+    return {s: {name: files[name] for name in found[s]} for s in SPLITS if s in found}
 
 
 def choose(where, files):
@@ -290,16 +286,22 @@ def path_source(path, options):
         return disk_source(path, options)
     files = find_files(path) if path.is_dir() else {path.name: path}
     splits = named_splits(path, files) if path.is_dir() else {}
-    chosen = {split: choose(path / split, part) for split, part in (splits or {"": files}).items()}
+    chosen = {}
+    for split, part in (splits or {"": files}).items():
+        chosen[split] = choose(f"the {split} split of {path}" if split else path, part)
     if "train" in chosen and "val" not in chosen:
         if not chosen["train"][1]:
-            raise UserError(f"{path} has no val split; or give --source the training text alone")
+            name = next(iter(chosen["train"][0]))
+            raise UserError(
+                f"{path} has no val split beside {name}; name one val.txt or val/, or rename what "
+                f"is no split, or give that alone: --source {quote(str(path / name))}"
+            )
         chosen = {"": chosen.pop("train"), **chosen}
     texts = {name: file for found, _ in chosen.values() for name, file in found.items()}
     skipped = ""
     if count := len(files) - len(texts):
-        why = "have no split's name or are not text" if splits else "are not text"
-        skipped = f"skipped {count:,} files that {why}"
+        all_text = not splits and not chosen[""][1]
+        skipped = f"skipped {count:,} {'files that are not text' if all_text else 'other files'}"
     return Source(read_files(chosen, options), texts, "" in chosen, skipped)
 
 
@@ -323,11 +325,13 @@ def read_files(chosen, options):
 
 
 def in_split(split, blocks, val_fraction):
-    """(split, block) pairs of rows. Those of split "" are divided: for 0.05 every 20th is val's."""
+    """(split, block) pairs of rows; a null is none. Those of split "" are divided: for a
+    val_fraction of 0.05 every 20th is val's."""
     number = 0
-    for texts, ends in blocks:
+    for texts, _ in blocks:
+        texts = [text for text in texts if text is not None]
         if split:
-            yield split, (texts, ends)
+            yield split, (texts, True)
             continue
         parts = {"train": [], "val": []}
         for text in texts:
@@ -487,16 +491,9 @@ def encode_rows(encoding, rows, ends, separator):
         ids = ids[ids != END_ID]
     elif not ends:
         ids = ids[:-1]
-    words = count_words(texts) + len(rows) * (separator == "newline")
+    words = sum(len(text.split()) for text in texts) + len(rows) * (separator == "newline")
     nbytes = sum(len(text.encode()) for text in texts)
     return ids.astype("<u2"), dict(words=words, bytes=nbytes, rows=len(rows) - (not ends))
-
-
-def count_words(texts):
-    """What str.split finds in texts, in half its time and without the interpreter's lock."""
-    characters = np.frombuffer("\n".join(["", *texts]).encode("utf-32-le"), np.uint32)
-    space = IS_SPACE[np.minimum(characters, len(IS_SPACE) - 1)]
-    return int(np.count_nonzero(space[:-1] > space[1:]))
 
 
 def encode_apart(encoding, texts):

@@ -4,33 +4,53 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+import bench
 from config import Config, load_config
 from config.__main__ import page
 from lab.console import UserError
+from lab.optimizer import warmup_of
 
 
-def problems(tmp_path, text, *words):
-    (tmp_path / "x.py").write_text(text)
+def loaded(tmp_path, text, *words):
+    (tmp_path / "exp9.py").write_text(text, encoding="utf-8")
+    return load_config([str(tmp_path / "exp9.py"), *words])
+
+
+def problems(*args):
     with pytest.raises(UserError) as caught:
-        load_config([str(tmp_path / "x.py"), *words])
+        loaded(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_the_command_line_wins_over_the_file_and_takes_both_forms(tmp_path):
-    path = tmp_path / "exp9.py"
-    path.write_text(
-        'dataset = "demo"\n_side = 3\nd_model = 4 * 8\nlearning_rate = 1\ncompile = True'
+    text = 'dataset = "demo"\n_side = 3\nd_model = 4 * 8\nlearning_rate = 1\ncompile = True\n'
+    words = "--d_model 64 --dropout=0.5 --compile auto --expected_ppl 35,42 --dry_run=true --resume"
+    c = loaded(tmp_path, text, *words.split())
+    assert (c.dataset, c.d_model, c.dropout, c.learning_rate) == ("demo", 64, 0.5, 1)
+    assert c.compile is None and c.dry_run is True and c.resume is True
+    assert c.expected_ppl == (35, 42) and c.out_dir == "out/exp9" and "d_model" in c.named
+
+
+def test_values_are_taken_as_they_are_meant(tmp_path):
+    text = (
+        "\ufeffimport math\nfrom math import sqrt\nd_model = sqrt(64 * 64)\n"
+        "expected_ppl = [35, 42]\ncompile = 1\n"
+        "data_dir = '~/data'\nd_ff = int(math.pow(2, 5))\ndef helper(): pass\n"
     )
-    words = "--d_model 64 --dropout=0.5 --resume".split()
-    words += [str(path), *"--compile False --expected_ppl 35,42 --dry_run=true".split()]
-    config = load_config([*words, "--sample_prompts", "The cat"])
-    assert (config.dataset, config.d_model, config.dropout) == ("demo", 64, 0.5)
-    assert config.resume is True and config.compile is False and config.dry_run is True
-    assert config.learning_rate == 1 and config.expected_ppl == (35, 42)
-    assert config.out_dir == "out/exp9" and config.sample_prompts == ("The cat",)
-    words = [str(path), "--compile", "auto", "--out_dir", "elsewhere"]
-    assert load_config(words).out_dir == "elsewhere" and load_config(words).compile is None
+    words = ["--max_steps", "1e3", "--out_dir=~/out", "--sample_prompts", "['a', 'b']"]
+    c = loaded(tmp_path, text, *words)
+    assert (c.d_model, c.d_ff, c.max_steps) == (64, 32, 1000) and isinstance(c.d_model, int)
+    assert c.compile is True and c.expected_ppl == (35, 42) and c.sample_prompts == ("a", "b")
+    assert (c.data_dir, c.out_dir) == (f"{Path.home()}/data", f"{Path.home()}/out")
+    for word, value in (("no", False), ("0", False), ("on", True), ("1", True), ("FALSE", False)):
+        assert loaded(tmp_path, "", "--resume", word).resume is value
+
+
+@pytest.mark.parametrize("prompt", ["The cat", "1984", "It was, he said"])
+def test_one_prompt_is_a_tuple_of_one(tmp_path, prompt):
+    assert loaded(tmp_path, "", "--sample_prompts", prompt).sample_prompts == (prompt,)
+    assert loaded(tmp_path, f"sample_prompts = {prompt!r}").sample_prompts == (prompt,)
 
 
 def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
@@ -38,82 +58,82 @@ def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
         'droput = 0.1\nepochs = 1.5\nlr_schedule = "cosin"\nnum_heads = 7\nd_model = 16\n'
         "beta1 = 1.0\nbatch_size = True"
     )
-    words = "stray --lr 1 --wandb --seed".split()
-    named = "dropout epochs 1.5 cosine beta1 num_heads batch_size stray learning_rate wandb seed"
-    message = problems(tmp_path, text, *words)
-    assert [name for name in named.split() if name not in message] == []
+    shown = problems(tmp_path, text, "stray", "--lr", "1", "--seed", "--wandb")
+    for name in "dropout epochs cosine num_heads beta1 batch_size stray learning_rate".split():
+        assert name in shown
+    assert "--seed needs" in shown and "unknown setting wandb" in shown
+    assert "unknown setting wandb" in problems_without_a_config("--wandb", "config/exp5.py")
 
 
-@pytest.mark.parametrize(
-    "text, named",
-    [
-        ("d_model = ", "SyntaxError"),
-        ("d_model = width", "NameError"),
-        ("dataset = FIELDS", "NameError"),  # an empty namespace
-        ("seed = 1 / 0", "ZeroDivisionError"),
-        ("raise ValueError('one\\ntwo')", "ValueError: one"),
-        ("pi = 3", "pi"),
-        ("learning_rate = float('nan')", "learning_rate"),
-        ("expected_ppl = (42, 35)", "expected_ppl"),
-        ("expected_ppl = ('a', 'b')", "expected_ppl"),
-        ("sample_prompts = (1,)", "sample_prompts"),
-        ("device = 'cuda:first'", "device"),
-        ("d_model = 0", "d_model"),
-        ("epochs = '3'", "epochs"),
-        ("block = 'modern'\nd_model = 24\nnum_heads = 8", "num_heads"),
-        ("head_bias = False\nunigram_bias = True", "unigram_bias"),
-        ("batch_size = 2\nmicro_batch_size = 3", "micro_batch_size"),
-        ("learning_rate = 1e-4\nmin_learning_rate = 1e-3", "min_learning_rate"),
-        ("split = 'test'", "--eval_only"),
-        ("eval_stride = 8", "--eval_only"),
-    ],
-)
-def test_a_wrong_file_is_one_line(tmp_path, text, named):
-    assert named in problems(tmp_path, text)
-
-
-def test_values_are_taken_as_they_are_meant(tmp_path):
-    path = tmp_path / "x.py"
-    path.write_text(
-        "\ufeffimport math\nfrom math import sqrt\nd_model = sqrt(64 * 64)\n"
-        "expected_ppl = [35, 42]\ncompile = 1\n"
-        "data_dir = '~/data'\nd_ff = int(math.pow(2, 5))\ndef helper(): pass\n",
-        encoding="utf-8",
-    )
-    words = "--max_steps 1e3 --out_dir=~/out --sample_prompts".split()
-    config = load_config([str(path), *words, "['a', 'b']"])
-    assert (config.d_model, config.d_ff, config.max_steps) == (64, 32, 1000)
-    assert isinstance(config.d_model, int) and config.compile is True
-    assert config.expected_ppl == (35, 42) and config.sample_prompts == ("a", "b")
-    assert (config.data_dir, config.out_dir) == (f"{Path.home()}/data", f"{Path.home()}/out")
-    for text, value in (("no", False), ("0", False), ("on", True), ("1", True), ("FALSE", False)):
-        assert load_config([str(path), "--resume", text]).resume is value
-    assert "max_steps" in problems(tmp_path, "", "--max_steps", "10.5")
-    assert "resume" in problems(tmp_path, "resume = 2")
+def problems_without_a_config(*words):
+    with pytest.raises(UserError) as caught:
+        load_config(words)
+    return str(caught.value)
 
 
 def test_no_config_and_no_such_config(tmp_path):
-    with pytest.raises(UserError, match=r"demo\.py"):
-        load_config([])
-    with pytest.raises(UserError, match=r"exp5\.py") as caught:
-        load_config([str(tmp_path / "exp55.py")])
-    assert "__" not in str(caught.value)
+    assert "config/demo.py" in problems_without_a_config()
+    shown = problems_without_a_config(str(tmp_path / "exp55.py"))
+    assert "exp5.py" in shown and "__" not in shown
 
 
-def test_a_changed_config_is_a_copy():
-    config = load_config([str(ROOT / "config/exp6.py")])
-    other = config.changed(d_model=8)
-    assert (other.d_model, config.d_model) == (8, 256)
-    assert (other.name, other.doc, other.named) == (config.name, config.doc, config.named)
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("d_model = ", "SyntaxError"),
+        ("dataset = FIELDS", "FIELDS"),  # not a name of the program's
+        ("learning_rate = float('nan')", "learning_rate"),
+        ("learning_rate = 0", "learning_rate"),
+        ("expected_ppl = (42, 35)", "expected_ppl"),
+        ("expected_ppl = ('a', 'b')", "expected_ppl"),
+        ("sample_prompts = ('a', 1)", "sample_prompts"),
+        ("device = 'cuda:first'", "device"),
+        ("d_model = 0", "d_model"),
+        ("resume = 2", "resume"),
+        ("max_steps = 10.5", "max_steps"),
+        ("block = 'modern'\nd_model = 24\nnum_heads = 8", "block"),
+        ("unigram_bias = True\ninit_from = 'gpt2'", "unigram_bias"),
+        ("batch_size = 2\nmicro_batch_size = 3", "micro_batch_size"),
+        ("learning_rate = 1e-4\nmin_learning_rate = 1e-3", "min_learning_rate"),
+        ("cuda_graph = True\ndtype = 'float16'", "cuda_graph"),
+        ("eval_stride = 4", "eval_only"),
+        ("split = 'test'", "eval_only"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, text, names):
+    assert names in problems(tmp_path, text)
 
 
-def test_help_shows_every_setting_with_its_reason(capsys):
+def test_a_free_setting_makes_no_other_experiment(tmp_path):
+    config = loaded(tmp_path, "")
+    assert config.differences(config.plain() | {"warmup_steps": None, "epochs": 9}) == []
+    assert len(config.differences(config.plain() | {"seed": 1, "dropout": 0.2})) == 2
+
+
+@pytest.mark.parametrize(
+    "asked, total, used",
+    [(200, 7063, 200), (20, 239, 20), (20, 5, 1), (20, 60, 6), (20, 1, 0), (0, 100, 0), (3, 2, 1)],
+)
+def test_the_warm_up_is_at_most_a_tenth_of_the_run(tmp_path, asked, total, used):
+    config = loaded(tmp_path, f"warmup_steps = {asked}\nmax_steps = {total}")
+    assert warmup_of(config, total) == used
+
+
+def test_a_changed_config_is_a_copy(tmp_path):
+    config = loaded(tmp_path, '"""Why?"""\nd_model = 16')
+    other = config.changed(d_model=32, dtype="float32")
+    assert (config.d_model, config.dtype, other.d_model, other.dtype) == (16, "auto", 32, "float32")
+    assert (other.name, other.doc, other.named) == ("exp9", "Why?", {"d_model"})
+
+
+def test_help_shows_every_setting_with_its_reason_and_its_own_first(capsys):
     with pytest.raises(SystemExit) as caught:
-        load_config(["--help"])
+        bench.main(["--help"])
     shown = capsys.readouterr().out
     assert caught.value.code == 0
     for field in dataclasses.fields(Config):
         assert f"--{field.name} " in shown and field.metadata["help"] in shown
+    assert shown.index("--steps ") < shown.index("\ndata\n") < shown.index("\ntraining\n")
 
 
 NOTEBOOK = {  # dataset, batch, epochs, learning rate, dropout, recorded

@@ -11,7 +11,7 @@ from docs.experiments import collect, datasets, draw
 from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
 from lab.folder import load_checkpoint
-from lab.notebook import Record
+from lab.notebook import SavedRun
 from model import LanguageModel
 
 
@@ -62,7 +62,7 @@ def test_a_run_is_collected_and_drawn(both, monkeypatch):
     assert kept[0] == whole[2] | {name: kept[0][name] for name in collect.MEANS}
     assert kept[0]["train_loss"] == pytest.approx(mean) and kept[3] == whole[9]
     assert metrics("kept/exp3", True) == metrics("out/exp3", True)
-    assert Record("kept/exp3").final == Record("out/exp3").final != {}
+    assert SavedRun("kept/exp3").final == SavedRun("out/exp3").final != {}
     assert "articles, not WikiText-103's own" in Path("kept/exp3/notebook.md").read_text()
     model = LanguageModel.from_checkpoint(load_checkpoint("kept/exp3/best.pt"))
     assert (

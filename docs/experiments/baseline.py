@@ -1,10 +1,9 @@
-"""nanoGPT's own model and optimizer beside ours, on the same batches, in turn.
+"""A config's training step beside that of nanoGPT's own model.py and optimizer, in turn.
 
-    python -m docs.experiments.baseline config/exp5.py --peer DIR [--setting value ...]
+    python docs/experiments/baseline.py config/exp3.py --peer DIR [--steps N] [--setting value ...]
 
-DIR is a checkout of nanoGPT (https://github.com/karpathy/nanoGPT). Its step is as its train.py
-makes it: in float32 and not compiled on a CPU, as its README says, in bfloat16 and compiled on
-CUDA, unless --peer_dtype and --peer_compile say otherwise.
+DIR is a checkout of nanoGPT. Both take the same shape and the same rows of random tokens. nanoGPT
+runs as its README says: float32 without compile on a CPU, bfloat16 with compile on CUDA.
 """
 
 import importlib.util
@@ -15,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from bench import WARM_UP, peak_bytes, seconds, trainer_of
-from config import Config, load_config
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import bench
+from config import load_config
 from lab.console import UserError, run
 from lab.machine import open_machine
 from lab.settings import setting
@@ -26,75 +27,95 @@ VOCAB_SIZE = 50304  # what nanoGPT pads GPT-2's vocabulary to
 
 
 @dataclass
-class Options(Config):
-    """A run's settings, and how the baseline runs."""
+class Options(bench.Options):
+    """bench.py's settings, and how to run the baseline."""
 
-    steps: int = setting(20, "steps that are timed", low=1)
-    peer: str = setting("", "the checkout of nanoGPT", path=True)
+    peer: str = setting("nanoGPT", "a checkout of nanoGPT", path=True)
     peer_only: bool = setting(False, "time the baseline alone, for its memory")
     peer_dtype: str = setting(
-        "auto", "of its matmuls; auto: by its README", choices=("auto", "float32", "bfloat16")
+        "auto",
+        "of the baseline's matmuls; auto is as its README says: bfloat16 on CUDA, else float32",
+        choices=("auto", "float32", "bfloat16"),
     )
-    peer_compile: bool | None = setting(None, "torch.compile it (None: by its README)")
+    peer_compile: bool | None = setting(
+        None, "torch.compile the baseline (None: as its README says, on CUDA only)"
+    )
 
 
 def main(argv=None):
-    config = load_config(argv, "-m docs.experiments.baseline", Options)
+    config = load_config(argv, "docs/experiments/baseline.py", Options)
     with open_machine(config) as machine:
         config, _ = settle(config, machine)
-        trainer = trainer_of(config, machine)
-        sides = {} if config.peer_only else {"ours": trainer.step}
-        sides["nanoGPT"] = baseline_step(config, machine, trainer)
-        times = {name: [] for name in sides}
-        for i in range(WARM_UP + config.steps):
-            for name, step in sides.items():  # in turn, so that other work meets both
-                times[name].append(seconds(machine, step, i))
-    for name, found in times.items():
-        median = statistics.median(found[WARM_UP:])
-        speed = config.batch_size * config.max_seq_len / median
-        print(f"{name:8} median {speed:,.0f} tokens/s, {1000 * median:,.2f} ms per step")
-    if config.peer_only:
-        print(f"peak memory {peak_bytes(machine.device) / 1e9:.2f} GB")
-    else:
-        pairs = zip(times["ours"][WARM_UP:], times["nanoGPT"][WARM_UP:], strict=True)
-        ratios = [theirs / ours for ours, theirs in pairs]
+        if machine.world > 1 or config.block != "gpt2" or config.d_ff != 4 * config.d_model:
+            raise UserError(
+                "nanoGPT's block is gpt2 with d_ff 4 * d_model, and it is timed in one process; "
+                f"use --block gpt2 --d_ff {4 * config.d_model} without torchrun"
+            )
+        compare(config, machine)
+
+
+def compare(config, machine):
+    """Time the two in turn, so that whatever else the machine does meets both; print the figures of
+    each and the ratio of the pairs."""
+    trainer = bench.new_trainer(config, machine)
+    steps = {} if config.peer_only else {"ours": trainer.step}
+    steps["nanoGPT"] = baseline_step(config, machine, trainer)
+    times = {name: [] for name in steps}
+    for i in range(bench.WARM_UP + config.steps):
+        for name, step in steps.items():
+            times[name].append(bench.seconds(machine, step, i))
+
+    # what came of it
+    for name, step in steps.items():
+        timed = times[name][bench.WARM_UP :]
+        speeds = [trainer.batches.step_tokens / t for t in timed]
         print(
-            f"ours is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to "
-            f"{max(ratios):.2f})"
+            f"{name:11}  median {statistics.median(speeds):,.0f} tokens/s, minimum "
+            f"{min(speeds):,.0f}, maximum {max(speeds):,.0f}; first step {times[name][0]:.1f} s"
+        )
+        if machine.device.type == "cuda":
+            bench.tell_device(machine, name, step, bench.WARM_UP + config.steps)
+    print(f"peak memory  {bench.peak_bytes(machine.device) / 1e9:.2f} GB of {' and '.join(steps)}")
+    if not config.peer_only:
+        pairs = zip(times["nanoGPT"], times["ours"], strict=True)
+        ratios = [theirs / ours for theirs, ours in pairs][bench.WARM_UP :]
+        print(
+            f"ratio        ours is {statistics.median(ratios):.2f} times as fast "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
-def baseline_step(config, machine, trainer):
-    """step(i) of nanoGPT's own model and optimizer, on our batches. Raises UserError if there is
-    none to be had for this config."""
-    path = Path(config.peer, "model.py")
-    if config.block != "gpt2" or config.d_ff != 4 * config.d_model:
-        raise UserError("nanoGPT's block is gpt2 with d_ff 4 * d_model; choose such a config")
+def load_baseline(folder):
+    """nanoGPT's model.py as a module. Raises UserError."""
+    path = Path(folder, "model.py")
     try:
-        spec = importlib.util.spec_from_file_location("peer_model", path)
+        spec = importlib.util.spec_from_file_location("baseline_model", path)
         module = importlib.util.module_from_spec(spec)
-        sys.modules["peer_model"] = module  # its dataclass looks there
+        sys.modules["baseline_model"] = module  # its dataclass looks there
         spec.loader.exec_module(module)
-        shape, GPT = module.GPTConfig, module.GPT
+        _ = module.GPTConfig, module.GPT
     except (OSError, AttributeError, ImportError) as error:
         raise UserError(
             f"{path} is not nanoGPT's model.py ({error}); run `git clone "
             "https://github.com/karpathy/nanoGPT`, and name that folder with --peer"
         ) from None
+    return module
 
-    # as its train.py makes them
-    kind = machine.device.type
-    model = GPT(
-        shape(
-            block_size=config.max_seq_len,
-            vocab_size=VOCAB_SIZE,
-            n_layer=config.num_layers,
-            n_head=config.num_heads,
-            n_embd=config.d_model,
-            dropout=config.dropout,
-            bias=True,
-        )
-    ).to(machine.device)
+
+def baseline_step(config, machine, trainer):
+    """step(i) of nanoGPT's own model and optimizer, on the trainer's rows, as its train.py makes
+    them. Raises UserError."""
+    module, kind = load_baseline(config.peer), machine.device.type
+    shape = module.GPTConfig(
+        block_size=config.max_seq_len,
+        vocab_size=VOCAB_SIZE,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        n_embd=config.d_model,
+        dropout=config.dropout,
+        bias=True,
+    )
+    model = module.GPT(shape).to(machine.device)
     betas = config.beta1, config.beta2
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, kind)
     parameters = list(model.parameters())
@@ -105,7 +126,7 @@ def baseline_step(config, machine, trainer):
 
     def step(i):
         starts = trainer.starts(i).to(trainer.tokens.device, non_blocking=True)
-        rows = trainer.rows(starts)
+        rows = trainer.rows(starts).to(machine.device)
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             _, loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
         loss.backward()

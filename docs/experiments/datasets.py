@@ -20,9 +20,7 @@ from pathlib import Path
 from lab.console import UserError, run
 from lab.data import Dataset, load_tokenizer
 from lab.folder import write_text, write_whole
-from lab.notebook import rounded
 from lab.settings import command_line, setting
-from lab.text import count_words
 from prepare import move_in
 
 TEXT = "tokens of English Wikipedia articles, not WikiText-103's own training text"
@@ -50,7 +48,7 @@ def counts_of(ids, encoding):
     for start in range(0, len(ids), BLOCK):
         data = encoding.decode_bytes(ids[start : start + BLOCK].tolist())
         text = decoder.decode(data)
-        words += count_words([text])
+        words += len(text.split())
         words -= amid_a_word and not text[:1].isspace()
         amid_a_word = not text[-1:].isspace()
         nbytes += len(data)
@@ -93,7 +91,7 @@ def main(argv=None):
     wikitext = articles.split("val").tokens
     train_counts = counts_of(train, encoding)
 
-    about = f"{rounded(len(train), 3)} {TEXT}"
+    about = f"{f'{len(train):.2e}'.replace('e+0', 'e')} {TEXT}"
     common = dict(tokenizer="gpt2", vocab_size=articles.vocab_size, separator="none")
     choose = common | dict(
         source={"name": f"{about} (validation: the end of these articles)"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lab.notebook import Record
+from lab.notebook import SavedRun
 
 HERE = Path(__file__).parent
 CONFIGS = {  # config: (label, colour, line)
@@ -64,7 +64,7 @@ def draw_recorded(axes):
 
 def draw_runs(folders, path):
     """Draw the runs in folders that collect.py has made."""
-    runs = [Record(folder) for folder in folders]
+    runs = [SavedRun(folder) for folder in folders]
     picture = Figure(figsize=(8, 4.6), layout="constrained")
     axes = picture.subplots()
     for run in runs:
@@ -74,7 +74,7 @@ def draw_runs(folders, path):
     title = "lines: training; dots: all of WikiText's validation text, with its perplexity"
     axes.set_title(title, fontsize=9)
     about = "training tokens of English Wikipedia articles, not WikiText-103's own training text"
-    axes.set(xlabel=about, ylabel="loss, nats a token", xscale="log")
+    axes.set(xlabel=about, ylabel="loss, nats per token", xscale="log")
     tokens = [run.evaluations[-1]["tokens"] for run in runs]
     axes.set_xlim(min(tokens) / 50, max(tokens) * 4)  # beside the last dots stand their texts
     axes.set_ylim(top=7.7)

@@ -23,10 +23,10 @@ left=${#parts[@]}
 for config in "${parts[@]}"; do
     limit=$(((${ALL_SECONDS:-235} - SECONDS) / left))
     left=$((left - 1))
-    beside=()
+    script=(bench.py "config/$config.py")
     if [[ $config != exp6* ]]; then
-        beside=(--peer "$peer")
+        script=(docs/experiments/baseline.py "config/$config.py" --peer "$peer")
     fi
-    timeout "$limit" "${PYTHON:-python}" bench.py "config/$config.py" --steps 40 \
-        --dtype bfloat16 "${beside[@]}" "$@" || echo "$config: exit code $?"
+    timeout "$limit" "${PYTHON:-python}" "${script[@]}" --steps 40 \
+        --dtype bfloat16 "$@" || echo "$config: exit code $?"
 done
