@@ -9,9 +9,9 @@ import itertools
 import os
 import re
 import sys
-import types
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import ModuleType
 from typing import ClassVar
 
 from lab.console import ROOT, UserError, command, first_line
@@ -54,9 +54,7 @@ class Config:
     min_learning_rate: float = setting(0.0, "AdamW's, at the end of the schedule", low=0)
     warmup_steps: int = free(200, "linear warm-up, at most a tenth of the run's steps", low=0)
     lr_schedule: str = setting(
-        "cosine",
-        "after the warm-up; a trapezoid falls over the last 40 % of the steps",
-        choices=("cosine", "trapezoid", "constant"),
+        "cosine", "trapezoid: falls over the last 40 %", choices=("cosine", "trapezoid", "constant")
     )
     optimizer: str = setting(
         "adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon")
@@ -176,7 +174,7 @@ class Config:
             (
                 "cuda_graph dtype",
                 c.cuda_graph and c.dtype == "float16",
-                "cuda_graph cannot be combined with dtype float16; use bfloat16",
+                "cuda_graph cannot be combined with float16, which needs a scaler; use bfloat16",
             ),
             (
                 "eval_stride split eval_only",
@@ -206,9 +204,8 @@ def read_config(path):
     except Exception as error:
         raise UserError(f"config {path} does not run: {first_line(error)}; fix that line") from None
     doc = namespace.pop("__doc__", None) or ""
-    own = types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type
-    values = {k: v for k, v in namespace.items() if not k.startswith("_")}
-    return {k: v for k, v in values.items() if not isinstance(v, own)}, doc
+    shown = {k: v for k, v in namespace.items() if not k.startswith("_")}
+    return {k: v for k, v in shown.items() if not (callable(v) or isinstance(v, ModuleType))}, doc
 
 
 def load_config(argv=None, script="train.py", cls=Config):

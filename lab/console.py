@@ -115,9 +115,10 @@ def progress(total, description, **kwargs):
     """A tqdm bar on a terminal; in a log file, a line every 30 seconds."""
     from tqdm import tqdm
 
-    if not sys.stderr.isatty():
-        kwargs |= dict(file=Log(), mininterval=30, miniters=1, delay=30, position=0, ncols=100)
-    return tqdm(total=total, desc=description, **kwargs)
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=description, dynamic_ncols=True, **kwargs)
+    lines = dict(file=Log(), mininterval=30, miniters=1, delay=30, position=0, ncols=100)
+    return tqdm(total=total, desc=description, **lines, **kwargs)
 
 
 # --- the end of a program

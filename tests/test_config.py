@@ -16,9 +16,9 @@ def loaded(tmp_path, text, *words):
     return load_config([str(tmp_path / "exp9.py"), *words])
 
 
-def problems(*args):
+def problems(function, *args):
     with pytest.raises(UserError) as caught:
-        loaded(*args)
+        function(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -58,22 +58,16 @@ def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
         'droput = 0.1\nepochs = 1.5\nlr_schedule = "cosin"\nnum_heads = 7\nd_model = 16\n'
         "beta1 = 1.0\nbatch_size = True"
     )
-    shown = problems(tmp_path, text, "stray", "--lr", "1", "--seed", "--wandb")
+    shown = problems(loaded, tmp_path, text, "stray", "--lr", "1", "--seed", "--wandb")
     for name in "dropout epochs cosine num_heads beta1 batch_size stray learning_rate".split():
         assert name in shown
     assert "--seed needs" in shown and "unknown setting wandb" in shown
-    assert "unknown setting wandb" in problems_without_a_config("--wandb", "config/exp5.py")
-
-
-def problems_without_a_config(*words):
-    with pytest.raises(UserError) as caught:
-        load_config(words)
-    return str(caught.value)
+    assert "unknown setting wandb" in problems(load_config, ["--wandb", "config/exp5.py"])
 
 
 def test_no_config_and_no_such_config(tmp_path):
-    assert "config/demo.py" in problems_without_a_config()
-    shown = problems_without_a_config(str(tmp_path / "exp55.py"))
+    assert "config/demo.py" in problems(load_config, [])
+    shown = problems(load_config, [str(tmp_path / "exp55.py")])
     assert "exp5.py" in shown and "__" not in shown
 
 
@@ -101,7 +95,7 @@ def test_no_config_and_no_such_config(tmp_path):
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, names):
-    assert names in problems(tmp_path, text)
+    assert names in problems(loaded, tmp_path, text)
 
 
 def test_a_free_setting_makes_no_other_experiment(tmp_path):

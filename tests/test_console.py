@@ -32,6 +32,12 @@ def test_a_signal_is_noted_and_told_once_and_the_old_handlers_come_back(capfd):
     assert signal.getsignal(signal.SIGINT) == before
     assert len(capfd.readouterr().err.strip().splitlines()) == 1
 
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with console.stop_signals() as seen:
+        os.kill(os.getpid(), signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert not seen
+
 
 def test_a_second_ctrl_c_ends_at_once_but_not_torchrun_s_echo_of_the_first(monkeypatch):
     clock = iter([10.0, 10.5, 11.5])
@@ -43,16 +49,6 @@ def test_a_second_ctrl_c_ends_at_once_but_not_torchrun_s_echo_of_the_first(monke
         with pytest.raises(SystemExit) as ended:
             os.kill(os.getpid(), signal.SIGINT)
     assert ended.value.code == 1
-
-
-def test_nohup_stays_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with console.stop_signals() as seen:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not seen
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 # --- output
