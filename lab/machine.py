@@ -1,6 +1,7 @@
 """Where a process runs: its device, its compute dtype, its place among the ranks."""
 
 import contextlib
+import math
 import os
 import platform
 import re
@@ -174,7 +175,7 @@ def choose_dtype(config, machine):
     if kind != "cpu" or not has_bfloat16():
         return torch.float32, ""
     # a CPU that has the instruction may still be slower with it
-    full, low = (matmul_ms(config.d_model, dtype) for dtype in (torch.float32, torch.bfloat16))
+    full, low = matmul_ms(config.d_model)
     why = f"measured: float32 {full:.1f} ms, bfloat16 {low:.1f} ms"
     return torch.bfloat16 if low < 0.9 * full else torch.float32, why
 
@@ -185,17 +186,19 @@ def has_bfloat16():
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
-def matmul_ms(d_model, dtype):
-    """Milliseconds, the least of three, of a part of the head's matmul, which is most of a small
-    model's work."""
+def matmul_ms(d_model):
+    """(in float32, in bfloat16): milliseconds of a part of the head's matmul, which is most of a
+    small model's work. The least of eight, in turn, since other work may come between."""
     width = min(d_model, 1024)  # wider ones give the same answer
-    x, weight = (torch.randn(rows, width).to(dtype) for rows in (256, 8192))
-    times = []
-    for _ in range(4):  # the first warms up
-        began = time.perf_counter()
-        x @ weight.t()
-        times.append(1000 * (time.perf_counter() - began))
-    return min(times[1:])
+    x, weight = torch.randn(256, width), torch.randn(8192, width)
+    pairs = (x, weight), (x.bfloat16(), weight.bfloat16())
+    least = [math.inf, math.inf]
+    for _ in range(8):
+        for i, (left, right) in enumerate(pairs):
+            began = time.perf_counter()
+            left @ right.t()
+            least[i] = min(least[i], 1000 * (time.perf_counter() - began))
+    return least
 
 
 @contextlib.contextmanager

@@ -18,8 +18,6 @@ os.environ.setdefault(
     ),
 )
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # what a run remembers of this machine
-
 from helpers import ROOT, TINY, make_dataset
 
 

@@ -9,7 +9,7 @@ import pytest
 import test_graph
 import torch
 import torch.nn.functional as F
-from helpers import MODERN, MUON, TOKENS, VOCAB, assert_same_curve, metrics, near, weights
+from helpers import MODERN, MUON, TOKENS, VOCAB, assert_same_curve, metrics, near, same, weights
 
 import train
 from config import load_config
@@ -36,11 +36,9 @@ GPU = Machine(torch.device("cuda"), torch.float32)
 def test_the_fused_loss_is_the_truth_s(dtype, fused, monkeypatch):
     monkeypatch.setattr(kernels, "head_rows", lambda kind, V, N: (2048, 512))
     torch.manual_seed(0)
-    x, weight, bias = (
-        torch.randn(2999, 64) * 0.5,
-        torch.randn(50257, 64) * 0.3,
-        torch.randn(50257),
-    )  # two chunks
+    # two chunks
+    x, weight = torch.randn(2999, 64) * 0.5, torch.randn(50257, 64) * 0.3
+    bias = torch.randn(50257)
     targets = torch.randint(50257, (2999,))
     leaves = [t.cuda().requires_grad_() for t in (x, weight, bias)]
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
@@ -54,9 +52,8 @@ def test_the_fused_loss_is_the_truth_s(dtype, fused, monkeypatch):
     # dtype three times
     sums = near(torch.float32, 64 + 50257 + 2999)
     tolerance = sums if dtype == torch.float32 else sums + near(dtype, 3)
-    assert (losses - each).norm() / each.norm() < tolerance and abs(
-        loss / each.mean() - 1
-    ) < tolerance
+    assert (losses - each).norm() / each.norm() < tolerance
+    assert abs(loss / each.mean() - 1) < tolerance
     for mine, theirs in zip(leaves, truth, strict=True):
         assert (mine.grad - theirs.grad).norm() / theirs.grad.norm() < tolerance
 
@@ -82,36 +79,23 @@ def test_a_gpu_gives_the_curve_of_the_cpu(tiny, more, monkeypatch):
     moved = np.ptp([line["train_loss"] for line in metrics("cpu")])
     for out in list(runs)[1:]:
         dtype = {"low": torch.bfloat16, "half": torch.float16}.get(out, torch.float32)
-        terms = (
-            TOKENS + VOCAB if dtype == torch.float32 else 40
-        )  # every sum is another; some 40 tensors are rounded
-        if (
-            more and dtype != torch.bfloat16
-        ):  # Muon is in bfloat16 on a GPU, five rounds of three products
+        # every sum is another; some 40 tensors are rounded
+        terms = TOKENS + VOCAB if dtype == torch.float32 else 40
+        if more and dtype != torch.bfloat16:
+            # Muon is in bfloat16 on a GPU, five rounds of three products
             dtype, terms = torch.bfloat16, 15
         for evaluations, key in ((False, "train_loss"), (True, "val_loss")):
-            whole, curve = (
-                [line[key] for line in metrics(folder, evaluations)] for folder in ("cpu", out)
-            )
-            assert_same_curve(whole, curve, terms, 20, moved, dtype=dtype)
-    assert (
-        train.main([*options, "--device", "cuda", "--dtype", "float16", "--out_dir", "scaled"]) == 0
-    )
+            lines = (metrics(folder, evaluations) for folder in ("cpu", out))
+            whole, mine = ([line[key] for line in each] for each in lines)
+            assert_same_curve(whole, mine, terms, 20, moved, dtype=dtype)
+    scaled = "--device cuda --dtype float16 --out_dir scaled".split()
+    assert train.main([*options, *scaled]) == 0
     assert metrics("scaled")[-1]["skipped"] < 10  # the scaler came down, and on it went
 
 
 def test_a_resumed_run_goes_on_as_it_was(tiny):
-    options = [
-        tiny,
-        "--device",
-        "cuda",
-        "--lr_schedule",
-        "constant",
-        "--block",
-        "modern",
-        "--optimizer",
-        "muon",
-    ]
+    options = [tiny, *"--device cuda --lr_schedule constant --warmup_steps 0".split()]
+    options += "--block modern --optimizer muon".split()
     assert train.main([*options, "--max_steps", "20", "--out_dir", "whole"]) == 0
     for steps in ("9", "20"):
         assert train.main([*options, "--max_steps", steps, "--out_dir", "cut", "--resume"]) == 0
@@ -133,12 +117,13 @@ def test_a_graph_gives_the_curve_of_the_eager_step(tiny, capsys, more, dtype):
     eager = "--cuda_graph", "False"
     assert train.main([*options, "--out_dir", "eager", *eager]) == 0
     assert train.main([*options, "--out_dir", "graph"]) == 0
+    # both follow from the run's length, too
+    constant = "--lr_schedule constant --warmup_steps 0".split()
     turns = (eager, ("--resume",), (*eager, "--resume"))
     for steps, turn in zip(("11", "21", "30"), turns, strict=True):
-        part = [*options, "--lr_schedule", "constant", "--out_dir", "turns", "--max_steps", steps]
+        part = [*options, *constant, "--out_dir", "turns", "--max_steps", steps]
         assert train.main([*part, *turn]) == 0
-    constant = "--lr_schedule", "constant", "--out_dir", "constant"
-    assert train.main([*options, *constant, *eager]) == 0
+    assert train.main([*options, *constant, "--out_dir", "constant", *eager]) == 0
     assert "no CUDA graph" not in capsys.readouterr().out
     # sums on a GPU come in no fixed order, before Muon's rounds in bfloat16
     condition = MUON if more else 1
@@ -189,9 +174,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: real(*args) * math.nan)
     assert train.main([tiny, "--device", "cuda", "--save_interval", "2", *MODERN]) == 1
     begun = new_model(load_config([tiny, *MODERN]), VOCAB).state_dict()
-    assert all(
-        torch.equal(begun[name], value) for name, value in weights("out/tiny/last.pt").items()
-    )
+    assert same(begun, weights("out/tiny/last.pt"))
 
 
 @pytest.mark.parametrize(
@@ -199,11 +182,8 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny, monkeypatch):
 )
 def test_the_memory_of_a_step_is_what_the_plan_says(config, rows):
     config = load_config([config])
-    for dtype, config.compile in (
-        (torch.bfloat16, True),
-        (torch.bfloat16, False),
-        (torch.float32, False),
-    ):
+    low, full = torch.bfloat16, torch.float32
+    for dtype, config.compile in (low, True), (low, False), (full, False):
         machine = Machine(torch.device("cuda"), dtype)
         torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
