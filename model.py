@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lab.console import UserError
+from lab.folder import is_out_of_memory
 from lab.kernels import (
     Dropout,
     HeadLoss,
@@ -167,6 +168,8 @@ class LanguageModel(nn.Module):
                 model = cls(**checkpoint["model_args"])
             model.load_state_dict(checkpoint["model"], assign=True)
         except (TypeError, RuntimeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             why = " ".join(str(error).split())[:300]
             raise UserError(f"the checkpoint's weights are not this model's ({why})") from None
         return model.eval()

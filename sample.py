@@ -22,6 +22,7 @@ from lab.data import load_tokenizer
 from lab.folder import read_json
 from lab.generate import Texts, end_of_text, prompt_ids
 from lab.gpt2 import open_weights, write_folder
+from lab.machine import check_compile_cache
 from lab.notebook import perplexity
 from lab.settings import command_line, setting
 from model import LanguageModel
@@ -198,6 +199,7 @@ def export(model, options):
 
 
 def main(argv=None):
+    check_compile_cache()
     began = time.perf_counter()
     options, words = command_line(Options, argv, "python sample.py [--setting value ...]", None)
     if words:

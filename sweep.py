@@ -25,7 +25,7 @@ from lab.console import ROOT, UserError, command, cpu_cores, progress, run, stop
 from lab.data import Dataset, batches_of
 from lab.folder import Lock, read_json, write_text
 from lab.grid import Trial, label
-from lab.machine import Machine, choose_device, ranks_of
+from lab.machine import Machine, check_compile_cache, choose_device, ranks_of
 from lab.settings import fields_of, setting, split_words, types_of
 from lab.weights import settle
 
@@ -179,6 +179,7 @@ def start(folder, words, config, slot):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    check_compile_cache()
     top, config, jobs = jobs_of(argv)
     this_command, steps = command("sweep.py", *argv), sum(trial.steps for trial in jobs)
     plan = f"sweep   {len(jobs)} runs of {steps:,} steps in all, in {top}; {config.jobs} at a time"

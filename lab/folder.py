@@ -96,33 +96,22 @@ class Lock:
         self.descriptor = None
         self.owned = False
 
-    def take(self, path, folder, fix, seconds=0):
-        """Take the lock at `path`, waiting up to so many seconds. Raises UserError, which names
-        `folder`, its owner and `fix`, if another process has it; OSError if path is not to be had.
-        Where the file system has no locks, a warning, and it counts as taken."""
+    def take(self, path, folder, fix):
+        """Take the lock at `path`. Raises UserError, which names `folder`, its owner and `fix`, if
+        another process has it; OSError if path is not to be had. Where the file system has no
+        locks, a warning, and it counts as taken."""
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        end = time.monotonic() + seconds
-        while not self.owned:
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    owner = os.pread(self.descriptor, 1000, 0).decode(errors="replace").strip()
-                    raise UserError(
-                        f"{folder} is in use by {owner or 'another process'}; {fix}"
-                    ) from None
-                time.sleep(0.05)
-                continue
-            except OSError as error:
-                warn(f"no locks here ({error.strerror}); let no other process write into {folder}")
-            self.owned = True
-        self.sign()
-
-    def sign(self):
-        """Write who the owner is into the lock's file. On a full disk the lock holds without."""
-        owner = f"process {os.getpid()} on {socket.gethostname()}\n"
-        with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self.descriptor, 1000, 0).decode(errors="replace").strip()
+            raise UserError(f"{folder} is in use by {owner or 'another process'}; {fix}") from None
+        except OSError as error:
+            warn(f"no locks here ({error.strerror}); let no other process write into {folder}")
+        self.owned = True
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without its owner's name
             os.ftruncate(self.descriptor, 0)
+            owner = f"process {os.getpid()} on {socket.gethostname()}\n"
             os.pwrite(self.descriptor, owner.encode(), 0)
 
     def __enter__(self):

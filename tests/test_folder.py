@@ -50,7 +50,7 @@ def test_a_lock_has_one_owner_whom_it_names_and_a_kill_frees_it(in_tmp):
         owner.send_signal(signal.SIGKILL)
         owner.wait()
         with Lock() as lock:
-            lock.take(".lock", "the folder", "wait", seconds=10)
+            lock.take(".lock", "the folder", "wait")
             assert lock.owned
 
 
