@@ -95,6 +95,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny):
         train.main([tiny, "--max_steps", "6"])
 
 
+def test_last_figures_that_cannot_be_removed_are_one_line(done):
+    """They would say that an extended run has ended."""
+    os.remove("out/done/final.json")
+    os.mkdir("out/done/final.json")
+    with pytest.raises(UserError, match="final.json"):
+        train.main([done, *"--out_dir out/done --resume --max_steps 9".split()])
+
+
 @pytest.mark.parametrize("how", ["truncated", "bits flipped", "gone"])
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(done, capsys, how):
     options = [done, *"--max_steps 9 --save_interval 3 --resume".split()]
