@@ -65,8 +65,6 @@ def train(config, machine, folder, stop, resume_command):
     hashes = dataset.hashes()
     own = ("data_dir", "out_dir", "device")  # may differ from rank to rank
     machine.agree({k: v for k, v in config.plain().items() if k not in own} | {"data": hashes})
-    if config.sample_prompts and dataset.tokenizer == "gpt2":
-        load_tokenizer()  # if it is not to be had, then here and not hours later
 
     # the plan comes before anything that takes memory or writes
     with torch.device("meta"):
@@ -74,6 +72,9 @@ def train(config, machine, folder, stop, resume_command):
     machine.say(plan_text(config, machine, dataset, planned, batches, total_steps))
     if config.dry_run:
         return 0
+    if config.sample_prompts and dataset.tokenizer == "gpt2":
+        # if it is not to be had, then here and not hours later
+        machine.from_rank_0(lambda: bool(load_tokenizer()))
     model = build_model(config, machine, planned, splits["train"].tokens)
     if weights:
         model.load_state_dict(weights)
