@@ -24,9 +24,10 @@ from pathlib import Path
 
 from lab.console import UserError, command, cpu_cores, first_line, progress, run
 from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, load_tokenizer
+from lab.encode import encode_rows
 from lab.folder import Lock
 from lab.settings import command_line, setting
-from lab.text import BLOCK, SPLITS, Source, demo_blocks, encode_rows, hub_blocks, path_source
+from lab.text import BLOCK, SPLITS, Source, demo_blocks, hub_blocks, path_source
 
 HUB = "Salesforce/wikitext"
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"

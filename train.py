@@ -117,7 +117,7 @@ def plan_text(config, machine, dataset, model, batches, total_steps):
         "": f"{chinchilla(n['total'], tokens)} (20 tokens per parameter)",
         "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = "
         f"{step_tokens:,} tokens, {batches.windows / config.batch_size:,.1f} per epoch, "
-        f"{warmup_of(config, total_steps)} of warm-up, in forward passes of {micro} sequences",
+        f"{warmup_of(config, total_steps)} of warm-up, {micro} sequences per forward pass",
         "compute": f"{flops:,} FLOPs per token, {flops * step_tokens:.3g} per step, "
         f"{flops * run_tokens:.3g} in the run",
         "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves",

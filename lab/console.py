@@ -39,7 +39,7 @@ def nearby(path):
 def python():
     """The command that starts this Python."""
     known = shutil.which("python") == sys.executable
-    return "python" if known else quote(nearby(sys.executable))
+    return "python" if known else shlex.quote(nearby(sys.executable))
 
 
 def torchrun(processes):
@@ -47,20 +47,12 @@ def torchrun(processes):
     return f"{python()} -m torch.distributed.run --nproc_per_node={processes}"
 
 
-def quote(word):
-    """A word quoted for the shell, on one line even if it has a line break."""
-    if "\n" not in word:
-        return shlex.quote(word)
-    word = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"$'{word}'"
-
-
 def command(script, *words, processes=1):
     """The command that runs a script of this program, typed in the current folder. Words that are
     Paths are shown relative to that folder."""
     start = torchrun(processes) if processes > 1 else python()
     shown = [nearby(word) if isinstance(word, Path) else str(word) for word in words]
-    return " ".join([start, *map(quote, [nearby(ROOT / script), *shown])])
+    return " ".join([start, *map(shlex.quote, [nearby(ROOT / script), *shown])])
 
 
 # --- output

@@ -176,7 +176,7 @@ def results_part(run, c):
         f"{show(best['val_bits_per_byte'])} bits per byte.**",
         final and table(["at the best", *run.final["val"]], final),
         met and "Expected {:g} to {:g}: {}.".format(*c["expected_ppl"], met),
-        c["recorded_ppl"] and f"The notebook's earlier result was {c['recorded_ppl']:g}.",
+        c["recorded_ppl"] and f"The original notebook recorded {c['recorded_ppl']:g}.",
         f"{'Finished' if run.final else 'So far'}: {last['step']:,} of {run.metadata['steps']:,} "
         f"steps in {last['elapsed_s'] / 60:,.1f} minutes{speed}, {last.get('skipped', 0)} steps "
         "skipped.",
@@ -306,7 +306,7 @@ def draw_curve(run):
     draw_losses(axes, run.training, "train_loss", "-", label="train")
     draw_losses(axes, run.evaluations, "val_loss", "o-", label="validation")
     if recorded := run.metadata["config"]["recorded_ppl"]:
-        label = f"the notebook's {recorded:g}"
+        label = f"recorded: {recorded:g}"
         axes.axhline(math.log(recorded), linestyle="--", color="gray", linewidth=1, label=label)
     axes.set(xlabel="training tokens seen", ylabel="loss, nats per token")
     axes.set_title(run.name, parse_math=False)

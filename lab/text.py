@@ -1,4 +1,4 @@
-"""Text as rows: of a folder, a file, or a data set of the Hugging Face hub; and rows as token ids.
+"""Text as rows: of a folder, a file, or a data set of the Hugging Face hub.
 
 A row is a line of a text file, or a row of .jsonl or .parquet. Where documents are asked for, a
 text file is one row. A block is (rows, ends): a list of str, and whether the last of them ends
@@ -11,21 +11,18 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from lab.console import UserError, first_line, quote
+from lab.console import UserError, first_line
+from lab.encode import WHITE
 
 SPLITS = ("train", "val", "test")
 BLOCK = 1 << 20  # bytes of text that are read, encoded and written at a time
 FEW = 20  # a text of so many lines is divided between them, not inside one
-END, END_ID = "<|endoftext|>", 50256
-LONG_RUN = 50_000  # white space that is cut; tiktoken refuses runs of a million
-WHITE = r"[^\S\x1c-\x1f]"  # white space as GPT-2's pattern has it; Python's has four more
-# the last place at which that pattern splits a text in any case: between a word and white space
+# the last place at which GPT-2's pattern splits a text in any case: between a word and white space
 CUT = re.compile(rf"(?s).*\S(?={WHITE}+\S)")
 # WikiText's own names, the hub's with shard numbers and hashes, and what people write
 SPLIT_NAME = re.compile(
@@ -80,7 +77,7 @@ def other_kind(path):
     if head[257:262] == b"ustar":
         found = [("tar", "tar xf")]
     for kind, convert in found:
-        return f"{kind}, not text; `{convert} {quote(str(path))}` makes text of it"
+        return f"{kind}, not text; `{convert} {shlex.quote(str(path))}` makes text of it"
     utf16 = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # text, for iconv
     return "binary, not text" if b"\0" in head and not utf16 else ""
 
@@ -100,10 +97,11 @@ def read_chunks(path, start=0, end=math.inf):
             except UnicodeDecodeError as error:
                 wrong = error.object[error.start :]
                 codec = "UTF-16" if wrong[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+                name = shlex.quote(str(path))
                 get = "gzip -dc" if path.suffix.lower() == ".gz" else "cat"
                 raise UserError(
                     f"{path} is not UTF-8 at byte {position - len(wrong):,}; if it is {codec}, "
-                    f"`{get} {quote(str(path))} | iconv -f {codec} -t UTF-8 > NEW` converts it"
+                    f"`{get} {name} | iconv -f {codec} -t UTF-8 > NEW` converts it"
                 ) from None
             if not raw:
                 return
@@ -294,7 +292,7 @@ def path_source(path, options):
             name = next(iter(chosen["train"][0]))
             raise UserError(
                 f"{path} has no val split beside {name}; name one val.txt or val/, or rename what "
-                f"is no split, or give that alone: --source {quote(str(path / name))}"
+                f"is no split, or give that alone: --source {shlex.quote(str(path / name))}"
             )
         chosen = {"": chosen.pop("train"), **chosen}
     texts = {name: file for found, _ in chosen.values() for name, file in found.items()}
@@ -467,51 +465,3 @@ def demo_blocks(separator):
     for split, found in texts.items():
         lines = "".join(text + "\n" for text in found).split("\n")
         yield split, (found if separator == "endoftext" else lines, True)
-
-
-# --- rows to token ids --------------------------------------------------------------------------
-
-
-def encode_rows(encoding, rows, ends, separator):
-    """(ids uint16, {words, bytes, rows}) of a block; the ids of a row depend on that row alone.
-
-    none: a row is stripped. newline: it is kept as it is and ends in one newline, which counts as a
-    word, as the literature counts. endoftext: it is kept as it is, and END_ID follows, which is no
-    word and no byte. Rows that are blank give nothing, and a byte-order mark at a row's start is
-    dropped.
-    """
-    texts = [row.removeprefix("\ufeff") for row in rows]
-    texts = [text for text in texts if text.strip()]
-    if separator == "none":
-        texts = [text.strip() for text in texts]
-    elif separator == "newline":
-        texts = [text.removesuffix("\n") + "\n" for text in texts]
-    ids = encode_apart(encoding, texts)
-    if separator != "endoftext":
-        ids = ids[ids != END_ID]
-    elif not ends:
-        ids = ids[:-1]
-    words = sum(len(text.split()) for text in texts) + len(rows) * (separator == "newline")
-    nbytes = sum(len(text.encode()) for text in texts)
-    return ids.astype("<u2"), dict(words=words, bytes=nbytes, rows=len(rows) - (not ends))
-
-
-def encode_apart(encoding, texts):
-    """tiktoken's ids (uint32) of each text by itself, with END_ID after each.
-
-    One call for each text would spend a third of the time between calls. So they are joined by the
-    token that tiktoken splits at before it looks at anything else, unless one of them spells it.
-    """
-    joined = "".join(text + END for text in texts)
-    long_run = any(joined[i : i + LONG_RUN].isspace() for i in range(0, len(joined), LONG_RUN))
-    if joined.count(END) == len(texts) and not long_run:
-        return encoding.encode_to_numpy(joined, allowed_special={END})
-    ids = [np.empty(0, np.uint32)]
-    for text in texts:
-        # GPT-2's pattern leaves the last character of white space to the word after it
-        runs = re.finditer(rf"{WHITE}{{{LONG_RUN},}}", text)
-        cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
-        parts = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
-        ids += [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
-        ids.append(np.array([END_ID], np.uint32))
-    return np.concatenate(ids)

@@ -116,21 +116,22 @@ def test_what_is_no_checkpoint_is_one_line_and_executes_nothing(in_tmp, content)
 
 
 def test_only_damage_puts_a_checkpoint_aside(done, monkeypatch):
-    """Not too little memory, nor a disk that cannot be read."""
-
-    def raising(error):
-        def load(*args, **kwargs):
-            raise error
-
-        return load
-
-    for error in (
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-        OSError(errno.EIO, "Input/output error"),
+    """Not too little memory, nor a disk that cannot be read; prev.pt could be."""
+    full = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    load = torch.load
+    for error, raised in (
+        (MemoryError(), MemoryError),
+        (RuntimeError(full), RuntimeError),
+        (OSError(errno.EIO, "Input/output error"), UserError),
     ):
-        with monkeypatch.context() as patch, pytest.raises((UserError, type(error))):
-            patch.setattr(torch, "load", raising(error))
+
+        def fail_once(path, error=error, **kwargs):
+            if path.endswith("last.pt"):
+                raise error
+            return load(path, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(raised):
+            patch.setattr(torch, "load", fail_once)
             newest_checkpoint("out/done")
         assert not Path("out/done/last.pt.damaged").exists()
     assert newest_checkpoint("out/done")[1] == "out/done/last.pt"

@@ -49,7 +49,7 @@ def test_a_run_writes_its_own_entry(words):
         "3,024.38 times the Chinchilla-optimal size",
         "6 x 16 = 96 tokens per step; 63 steps",
         "Expected 80 to 150: not met.",
-        "earlier result was 65.71",
+        "recorded 65.71",
         "Finished: 63 of 63 steps",
         'Prompt: "The cat sat on the"',
     ):

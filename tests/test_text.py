@@ -13,11 +13,11 @@ import pytest
 from helpers import load_tokens
 
 import prepare
-from lab import text
+from lab import encode, text
 from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
 
-END = text.END_ID
+END = encode.END_ID
 # what GPT-2's pattern looks at, and Python's and Unicode's corners
 PIECES = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\r", "\xa0", "\u3000", "\x1c", "a", "word", "Ω"]
 PIECES += [
@@ -94,7 +94,7 @@ def refused(tmp_path, source, *named, **options):
 @pytest.mark.parametrize("separator", ["none", "newline", "endoftext"])
 def test_tokens_depend_on_the_rows_alone(encoding, tmp_path, monkeypatch, separator):
     """The same rows as .jsonl and .parquet, in blocks of any size, against each row by itself."""
-    monkeypatch.setattr(text, "LONG_RUN", 8)
+    monkeypatch.setattr(encode, "LONG_RUN", 8)
     random = np.random.RandomState(1)
     for _ in range(12):
         rows = ["".join(random.choice(PIECES, random.randint(12))) for _ in range(40)] + ["end\n\n"]
@@ -110,7 +110,7 @@ def test_tokens_depend_on_the_rows_alone(encoding, tmp_path, monkeypatch, separa
 
 def test_a_document_s_tokens_do_not_depend_on_blocks(encoding, tmp_path, monkeypatch):
     """A text file, cut into blocks of any size, against tiktoken on the whole of it."""
-    monkeypatch.setattr(text, "LONG_RUN", 8)
+    monkeypatch.setattr(encode, "LONG_RUN", 8)
     random = np.random.RandomState(2)
     for _ in range(60):
         content = "".join(random.choice(PIECES, 300))
