@@ -169,4 +169,8 @@ def run(main, strict=False):
         if not isinstance(error, BrokenPipeError):  # as `| head` closes it
             print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr)
         code = 1
+    if "LOCAL_RANK" in os.environ:
+        # gloo's threads may still hold tensors, which would abort the process as Python ends
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
