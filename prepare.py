@@ -5,7 +5,8 @@
     python prepare.py NAME --hub OWNER/DATASET
 
 writes data/NAME/{train,val,test}.bin, raw little-endian uint16 as nanoGPT's, and meta.json with
-what they hold. docs/data.md says what is read, and how.
+what they hold; with --vocab_size N also the vocabulary, learned from the training split.
+docs/data.md says what is read, and how.
 """
 
 import hashlib
@@ -20,17 +21,20 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lab.console import UserError, command, cpu_cores, first_line, progress, run
 from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, load_tokenizer
-from lab.encode import encode_rows
+from lab.encode import encode_rows, learn, texts_of
 from lab.folder import Lock
 from lab.settings import command_line, setting
 from lab.text import BLOCK, SPLITS, Source, demo_blocks, hub_blocks, path_source
 
 HUB = "Salesforce/wikitext"
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
+DEMO_VOCAB_SIZE = 2048
+LEARN_FROM = 200_000_000  # bytes of text, at most, that a vocabulary is learned from
 SEPARATORS = {"demo": "newline"} | dict.fromkeys(HUB_CONFIGS, "none")  # of all others: endoftext
 
 
@@ -41,13 +45,18 @@ class Options:
     source: str = setting("", "a folder or file of text, .jsonl or .parquet (.gz too)", path=True)
     hub: str = setting("", "OWNER/DATASET of the Hugging Face hub, encoded while it is downloaded")
     config: str = setting("", "--hub: its configuration")
-    revision: str = setting("", "--hub: its branch, tag or commit (default: the newest)")
     column: str = setting("text", "of .jsonl, .parquet and the hub; a dot leads into an object")
     separator: str = setting(
         "",
         "between rows: endoftext keeps each document as it is and marks its end (default, but none "
         "for WikiText and newline for the demo)",
         choices=("none", "newline", "endoftext"),
+    )
+    vocab_size: int = setting(
+        0,
+        "tokens of a vocabulary learned from the text (default: GPT-2's 50257, but 2048 for demo)",
+        low=257,
+        below=65537,
     )
     val_fraction: float = setting(
         0.05, "what a text without a validation split gives to one", low=1e-6, below=1
@@ -59,10 +68,7 @@ class Options:
         """What options say against each other, as phrases."""
         rules = (
             (self.source and self.hub, "source and hub cannot be combined with each other"),
-            (
-                not self.hub and (self.config or self.revision),
-                "config and revision belong to --hub",
-            ),
+            (not self.hub and self.config, "config belongs to --hub"),
         )
         return [phrase for wrong, phrase in rules if wrong]
 
@@ -99,21 +105,21 @@ def open_source(name, options):
         source = path_source(path, options)
         return source, {"name": str(path), "sha256": fingerprint(source, options)}
     if options.hub:
-        fix = "check --hub, --config and --revision, and run it again"
+        fix = "check --hub and --config, and run it again"
         origin = {
             "name": f"{options.hub} {options.config}".strip(),
-            "revision": options.revision or None,
+            "revision": None,  # the newest
             "column": options.column,
             "val_fraction": options.val_fraction,
         }
         where = options.hub, options.config or None, origin
-        return Source(hub_blocks(*where, options, fix, streaming=True)), origin
+        return Source(partial(hub_blocks, *where, options, fix, streaming=True)), origin
     if name in HUB_CONFIGS:
         fix = f"with the text on disk, run `{command('prepare.py', name)} --source FOLDER`"
         origin = {"name": f"{HUB} {HUB_CONFIGS[name]}", "revision": REVISION}
-        return Source(hub_blocks(HUB, HUB_CONFIGS[name], origin, options, fix)), origin
+        return Source(partial(hub_blocks, HUB, HUB_CONFIGS[name], origin, options, fix)), origin
     origin = {"name": f"pydoc_data.topics of Python {platform.python_version()}"}
-    return Source(demo_blocks(options.separator)), origin
+    return Source(partial(demo_blocks, options.separator)), origin
 
 
 def fingerprint(source, options):
@@ -135,10 +141,11 @@ def check_prepared(dataset, origin, options):
         dataset.split(split)
     old = dataset.source
     same = "sha256" not in origin or old.get("sha256") == origin["sha256"]
-    if options.hub:  # without --revision, the one that there was then
-        same = old == origin | {"revision": options.revision or old.get("revision")}
-    how = f"separator {dataset.separator}, from {old['name']}"
-    if not same or dataset.separator != options.separator:
+    if options.hub:  # at the revision that was the newest then
+        same = all(old.get(key) == origin[key] for key in ("name", "column", "val_fraction"))
+    asked = old.get("vocab_size", VOCAB_SIZE)  # a short text may have given fewer
+    how = f"separator {dataset.separator}, vocab_size {asked}, from {old['name']}"
+    if not same or (dataset.separator, asked) != (options.separator, options.vocab_size):
         raise UserError(
             f"{dataset.folder} was prepared otherwise ({how}); --force replaces it, --data_dir DIR "
             "puts this one elsewhere"
@@ -146,10 +153,29 @@ def check_prepared(dataset, origin, options):
     print(f"{dataset.folder} is already prepared: {how}")
 
 
-def write_splits(blocks, separator, part, total):
+def learn_vocabulary(source, options, total):
+    """The file of a vocabulary learned from the training split, as a text. A long text is learned
+    from evenly spread blocks of it."""
+    kept, size, apart = [], 0, 1  # every so many blocks are kept
+    with progress(total, "learning a vocabulary", unit="B", unit_scale=True) as bar:
+        train = (rows for split, (rows, _) in source.read() if split == "train")
+        for number, rows in enumerate(train):
+            nbytes = sum(len(row.encode()) for row in rows)
+            bar.update(nbytes)
+            if number % apart:
+                continue
+            kept.append((rows, nbytes))
+            size += nbytes
+            if size > LEARN_FROM:
+                kept, apart = kept[::2], 2 * apart
+                size = sum(nbytes for _, nbytes in kept)
+    texts = (text for rows, _ in kept for text in texts_of(rows, options.separator))
+    return learn(texts, options.vocab_size - (options.separator == "endoftext"))
+
+
+def write_splits(blocks, encoding, separator, part, total):
     """Encode (split, block) pairs on all cores into part/SPLIT.bin. Returns {split: what meta.json
     says of it}. total: bytes of text for the progress bar, None where that is unknown."""
-    encoding = load_tokenizer()
     # measured: two threads are a quarter faster where another has used tiktoken before them
     encoding.encode_ordinary(" the" * 250_000)
     files, splits, hashes, pending = {}, {}, {}, deque()
@@ -185,17 +211,35 @@ def write_splits(blocks, separator, part, total):
     return {split: dict(splits[split]) for split in SPLITS if split in splits}
 
 
-def write_data_set(name, options, folder, part):
-    """Write a data set into `part`, then move it to `folder`. Raises UserError, and OSError."""
+def write_data_set(text, name, options, folder, part):
+    """Write the data set `name` of a text into `part`, then move it to `folder`. Raises UserError,
+    and OSError."""
     started = time.time()
-    source, origin = open_source(name, options)
+    source, origin = open_source(text, options)
     if (folder / "meta.json").exists() and not options.force:
         check_prepared(Dataset(name, options.data_dir), origin, options)
         return
     shutil.rmtree(part, ignore_errors=True)  # a killed process's
     part.mkdir(parents=True)
     total = sum(path.stat().st_size for path in source.files.values()) or None
-    splits = write_splits(source.blocks, options.separator, part, total)
+
+    # the vocabulary
+    meta = dict(tokenizer="gpt2", vocab_size=VOCAB_SIZE, separator=options.separator)
+    encoding = None
+    if options.vocab_size != VOCAB_SIZE:
+        vocabulary = learn_vocabulary(source, options, total)
+        encoding = load_tokenizer(vocabulary)
+        (part / "tokenizer.tiktoken").write_text(vocabulary)
+        sha256 = hashlib.sha256(vocabulary.encode()).hexdigest()
+        size = encoding.n_vocab - (options.separator != "endoftext")
+        meta |= dict(tokenizer=f"own-{sha256[:8]}", tokenizer_sha256=sha256, vocab_size=size)
+        origin["vocab_size"] = options.vocab_size
+        if size < options.vocab_size:
+            print(f"the text gives {size:,} tokens, not {options.vocab_size:,}")
+
+    # the text
+    encoding = encoding or load_tokenizer()
+    splits = write_splits(source.read(), encoding, options.separator, part, total)
     for split in ("train", "val", *splits):
         if split not in splits or not splits[split]["tokens"]:
             raise UserError(
@@ -205,15 +249,27 @@ def write_data_set(name, options, folder, part):
     for split, counts in splits.items():
         tokens, words, nbytes = (counts[key] for key in ("tokens", "words", "bytes"))
         print(f"{split:5} {tokens:>13,} tokens {words:>13,} words {nbytes:>13,} bytes")
-    meta = dict(tokenizer="gpt2", vocab_size=VOCAB_SIZE, separator=options.separator)
     meta |= dict(source=origin, splits=splits)
     (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     move_in(part, folder)
     seconds = time.time() - started
     shown = Path(options.data_dir, name)
-    print(f"{shown} is prepared in {seconds:.1f} s: separator {options.separator}")
+    per_token = splits["train"]["bytes"] / splits["train"]["tokens"]
+    print(
+        f"{shown} is prepared in {seconds:.1f} s: separator {options.separator}, "
+        f"{meta['vocab_size']:,} tokens of {per_token:.2f} bytes"
+    )
     if source.skipped:
         print(source.skipped)
+    if (
+        options.vocab_size == VOCAB_SIZE
+        and text not in SEPARATORS
+        and splits["train"]["bytes"] < 50e6
+    ):
+        print(
+            "a text of this size may do better with a vocabulary of its own: the same command with "
+            "--vocab_size 4096 --force (docs/data.md)"
+        )
 
 
 def move_in(part, folder):
@@ -222,28 +278,33 @@ def move_in(part, folder):
     if not folder.exists():
         os.rename(part, folder)
         return
-    for split in SPLITS:
-        if (part / f"{split}.bin").exists():
-            os.replace(part / f"{split}.bin", folder / f"{split}.bin")
+    for name in (*(f"{split}.bin" for split in SPLITS), "tokenizer.tiktoken"):
+        if (part / name).exists():
+            os.replace(part / name, folder / name)
         else:
-            (folder / f"{split}.bin").unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
     os.replace(part / "meta.json", folder / "meta.json")
 
 
-def prepare(name, source="", separator="", data_dir="data", **more):
+def prepare(name, source="", separator="", vocab_size=0, data_dir="data", **more):
     """Write a data set's token files and meta.json into data_dir/name, whole or not at all. The
     arguments are the settings of Options. Returns the Dataset. Raises UserError."""
     separator = separator or SEPARATORS.get(name, "endoftext")
-    options = Options(str(source), separator=separator, data_dir=str(data_dir), **more)
+    vocab_size = vocab_size or (DEMO_VOCAB_SIZE if name == "demo" else VOCAB_SIZE)
+    options = Options(
+        str(source), separator=separator, vocab_size=vocab_size, data_dir=str(data_dir), **more
+    )
     check_name(name, options)
-    folder = Path(data_dir, name).resolve()  # what a link stands for
-    part = folder / ".partial" if folder.is_dir() else folder.parent / f".{name}.partial"
+    # WikiText in several vocabularies is several data sets
+    named = f"{name}-{vocab_size}" if name in HUB_CONFIGS and vocab_size != VOCAB_SIZE else name
+    folder = Path(data_dir, named).resolve()  # what a link stands for
+    part = folder / ".partial" if folder.is_dir() else folder.parent / f".{named}.partial"
     with Lock() as lock:
         try:
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             fix = "wait for it, or choose another name or --data_dir"
-            lock.take(Path(data_dir, f".{name}.lock"), Path(data_dir, name), fix)
-            write_data_set(name, options, folder, part)
+            lock.take(Path(data_dir, f".{named}.lock"), Path(data_dir, named), fix)
+            write_data_set(name, named, options, folder, part)
         except (OSError, EOFError, zlib.error) as error:
             why = first_line(error)
             fix = "nothing was kept; put that right and run it again"
@@ -251,7 +312,7 @@ def prepare(name, source="", separator="", data_dir="data", **more):
         finally:
             if lock.owned:  # or it is another process's
                 shutil.rmtree(part, ignore_errors=True)
-    return Dataset(name, data_dir)
+    return Dataset(named, data_dir)
 
 
 def main(argv=None):

@@ -118,7 +118,7 @@ class Sampler:
 
     def __init__(self, model, checkpoint, options, B):
         """checkpoint: the model's. B: how many texts at a time. Raises UserError."""
-        self.encoding, self.options = load_tokenizer(), options
+        self.encoding, self.options = load_tokenizer(checkpoint.get("tokenizer_text")), options
         # what ends a text and is not printed; None if the model knows no such id
         self.end = end_of_text(checkpoint.get("separator"), self.encoding)
         self.vocab_size = model.args["vocab_size"]
@@ -185,8 +185,8 @@ class Sampler:
             print(json.dumps(line), flush=True)
 
 
-def export(model, options):
-    """Write a model for transformers. Raises UserError."""
+def export(model, checkpoint, options):
+    """Write a model and its tokenizer for transformers. Raises UserError."""
     if model.modern:
         raise UserError("transformers has no block modern; train with --block gpt2 to export")
     if model.head_bias.any() and not options.drop_head_bias:
@@ -194,7 +194,7 @@ def export(model, options):
             "transformers' GPT-2 has no place for this model's head bias; leave it out with "
             "--drop_head_bias, or train with --head_bias False"
         )
-    write_folder(model, options.export)
+    write_folder(model, load_tokenizer(checkpoint.get("tokenizer_text")), options.export)
     print(f"{options.export} is written for transformers", file=sys.stderr)
 
 
@@ -215,7 +215,7 @@ def main(argv=None):
         quality = f"validation perplexity {perplexity(checkpoint['metrics']['val_ppl'])}"
     print(f"{path}: step {checkpoint['step']:,}, {quality}", file=sys.stderr)
     if options.export:
-        return export(model, options)
+        return export(model, checkpoint, options)
 
     # its device, and the layout of its weights there
     device = options.device

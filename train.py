@@ -17,7 +17,7 @@ import torch
 
 from config import load_config
 from lab.console import UserError, command, progress, run, stop_signals
-from lab.data import Dataset, batches_of, load_tokenizer
+from lab.data import Dataset, batches_of
 from lab.evaluate import evaluate, figures_text
 from lab.folder import Folder, load_checkpoint
 from lab.generate import continue_texts
@@ -72,9 +72,9 @@ def train(config, machine, folder, stop, resume_command):
     machine.say(plan_text(config, machine, dataset, planned, batches, total_steps))
     if config.dry_run:
         return 0
-    if config.sample_prompts and dataset.tokenizer == "gpt2":
-        # if it is not to be had, then here and not hours later
-        machine.from_rank_0(lambda: bool(load_tokenizer()))
+    if config.sample_prompts:
+        # if the tokenizer is not to be had, then here and not hours later
+        machine.from_rank_0(lambda: bool(dataset.encoding()))
     model = build_model(config, machine, planned, splits["train"].tokens)
     if weights:
         model.load_state_dict(weights)
@@ -112,6 +112,9 @@ def plan_text(config, machine, dataset, model, batches, total_steps):
         f"{n['head_bias']:,}, blocks {n['blocks']:,}",
         "data": f"{config.dataset}: {tokens:,} training tokens, "
         f"{dataset.counts['val'].tokens:,} validation tokens",
+        "vocabulary": f"{dataset.vocab_size:,} tokens ({dataset.tokenizer}) of "
+        f"{dataset.bytes_per_token():.2f} bytes, "
+        f"{model.vocabulary_share():.0%} of the parameters",
         "ratio": f"{tokens / n['total']:.2f} tokens per parameter in an epoch, "
         f"{run_tokens / n['total']:.2f} in the run",
         "": f"{chinchilla(n['total'], tokens)} (20 tokens per parameter)",
@@ -252,6 +255,7 @@ class Run:
             model=model.state_dict(),
             model_args=model.args,
             tokenizer=self.dataset.tokenizer,
+            tokenizer_text=self.dataset.tokenizer_text,
             separator=self.dataset.separator,
             step=self.state.step,
             config=self.config.plain(),
@@ -303,9 +307,9 @@ class Run:
     def samples(self):
         """{"samples": [[prompt, continuation]]} of sample_prompts, on rank 0."""
         prompts, separator = self.config.sample_prompts, self.dataset.separator
-        if self.machine.rank > 0 or not prompts or self.dataset.tokenizer != "gpt2":
+        if self.machine.rank > 0 or not prompts:
             return {}
-        args = self.trainer.model, load_tokenizer(), prompts, separator, SAMPLE_TOKENS
+        args = self.trainer.model, self.dataset.encoding(), prompts, separator, SAMPLE_TOKENS
         return {"samples": continue_texts(*args)}
 
     def last_figures(self):

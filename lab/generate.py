@@ -147,7 +147,7 @@ def end_of_text(separator, encoding):
 def prompt_ids(prompt, encoding, end):
     """A prompt's ids. An empty one is the end of the text before, where the model knows that, and
     else a newline."""
-    return encoding.encode_ordinary(prompt) or ([198] if end is None else [end])
+    return encoding.encode_ordinary(prompt or ("\n" if end is None else "")) or [end]
 
 
 def continue_texts(model, encoding, prompts, separator, max_new_tokens):

@@ -13,6 +13,7 @@ import torch
 
 from lab.console import UserError, python
 from lab.data import VOCAB_SIZE
+from lab.encode import END, pairs_of
 from lab.folder import load_checkpoint, write_text, write_whole
 from lab.text import no_hub
 
@@ -189,9 +190,9 @@ def check_tokenizer(folder):
 # --- writing
 
 
-def write_folder(model, folder):
-    """Write a model of block gpt2, but for its head's bias, as transformers reads it. The folder is
-    new or empty. Raises UserError."""
+def write_folder(model, encoding, folder):
+    """Write a model of block gpt2, but for its head's bias, and its tokenizer, as transformers
+    reads them. The folder is new or empty. Raises UserError."""
     from safetensors.torch import save
 
     state, tensors = model.state_dict(), {}
@@ -204,15 +205,35 @@ def write_folder(model, folder):
         if os.listdir(folder):
             raise UserError(f"{folder} is not empty; name a folder that is new")
         write_whole(f"{folder}/model.safetensors", lambda file: file.write(content))
-        write_text(f"{folder}/config.json", json.dumps(their_config(model.args), indent=2) + "\n")
+        for name, text in their_tokenizer(encoding).items():
+            write_text(f"{folder}/{name}", text)
+        config = their_config(model.args, encoding.eot_token)
+        write_text(f"{folder}/config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; name another folder") from None
 
 
-def their_config(args):
-    """config.json, a dict, for LanguageModel's arguments."""
+def their_tokenizer(encoding):
+    """{name: text} of vocab.json and merges.txt, which write a byte that is no printable character
+    as one from U+0100 on."""
+    tokens = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shown = {byte: chr(byte) for byte in printable}
+    shown |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    word = lambda token: "".join(shown[byte] for byte in token)  # noqa: E731
+    vocabulary = {word(token): i for token, i in tokens.items()} | {END: encoding.eot_token}
+    pairs = [" ".join(map(word, pair)) for pair in pairs_of(tokens)]
+    return {
+        "vocab.json": json.dumps(vocabulary),
+        "merges.txt": "\n".join(["#version: 0.2", *pairs, ""]),
+    }
+
+
+def their_config(args, end):
+    """config.json, a dict, for LanguageModel's arguments. end: the id of <|endoftext|>."""
     sizes = {theirs: args[ours] for ours, theirs in SIZES.items()}
-    end = VOCAB_SIZE - 1 if args["vocab_size"] == VOCAB_SIZE else None  # GPT-2's <|endoftext|>
+    end = end if end < args["vocab_size"] else None
     ends = dict(bos_token_id=end, eos_token_id=end)
     dropout = dict(embd_pdrop=args["dropout"], resid_pdrop=args["dropout"], attn_pdrop=0.0)
     return SAME | sizes | ends | dropout | dict(architectures=["GPT2LMHeadModel"])

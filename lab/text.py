@@ -12,8 +12,9 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lab.console import UserError, first_line
@@ -44,7 +45,7 @@ PACKED = {  # first bytes: what a file is, and the command that makes text of it
 class Source:
     """A text that is about to be read."""
 
-    blocks: Iterator  # of (split, block)
+    read: Callable  # gives (split, block) pairs, from the start each time
     files: dict = field(default_factory=dict)  # {name: Path}; empty where it is not on disk
     divided: bool = False  # its validation split is split off
     skipped: str = ""  # which files are not read, as a sentence
@@ -300,7 +301,7 @@ def path_source(path, options):
     if count := len(files) - len(texts):
         all_text = not splits and not chosen[""][1]
         skipped = f"skipped {count:,} {'files that are not text' if all_text else 'other files'}"
-    return Source(read_files(chosen, options), texts, "" in chosen, skipped)
+    return Source(partial(read_files, chosen, options), texts, "" in chosen, skipped)
 
 
 def read_files(chosen, options):
@@ -399,7 +400,7 @@ def disk_source(path, options):
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
     files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*.arrow"))}
     divided = not any(split_of(name)[0] == "val" for name in loaded)
-    return Source(read_loaded(path, loaded, options), files, divided)
+    return Source(partial(read_loaded, path, loaded, options), files, divided)
 
 
 def hub_blocks(repository, config, origin, options, fix, streaming=False):

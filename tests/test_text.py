@@ -17,7 +17,7 @@ from lab import encode, text
 from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
 
-END = encode.END_ID
+END = 50256
 # what GPT-2's pattern looks at, and Python's and Unicode's corners
 PIECES = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\r", "\xa0", "\u3000", "\x1c", "a", "word", "Ω"]
 PIECES += [
