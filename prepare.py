@@ -286,7 +286,7 @@ def move_in(part, folder):
     os.replace(part / "meta.json", folder / "meta.json")
 
 
-def prepare(name, source="", separator="", vocab_size=0, data_dir="data", **more):
+def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more):
     """Write a data set's token files and meta.json into data_dir/name, whole or not at all. The
     arguments are the settings of Options. Returns the Dataset. Raises UserError."""
     separator = separator or SEPARATORS.get(name, "endoftext")

@@ -24,7 +24,7 @@ import sample
 import train
 from lab import gpt2
 from lab.console import UserError
-from lab.data import Batches, Dataset
+from lab.data import Batches, Dataset, load_tokenizer
 from lab.folder import load_checkpoint
 from model import LanguageModel
 
@@ -112,7 +112,7 @@ def test_gpt2_has_124_million_parameters():
 
 def test_a_padded_vocabulary_is_gpt2_s(in_tmp, capsys):
     model = LanguageModel(50257, 8, 8, 2, 16, 1, head_bias=False)
-    gpt2.write_folder(model, "hf")
+    gpt2.write_folder(model, load_tokenizer(), "hf")
     peer = transformers.GPT2LMHeadModel.from_pretrained("hf")
     assert peer.generation_config.eos_token_id == peer.config.eos_token_id == 50256
     peer.resize_token_embeddings(50304)

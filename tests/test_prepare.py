@@ -204,12 +204,13 @@ def test_a_tokenizer_that_is_not_here_is_one_line_with_the_command(monkeypatch):
         load_tokenizer()
 
 
-def test_the_demo_is_python_s_own_documentation(encoding, tmp_path):
+def test_the_demo_is_python_s_own_documentation(tmp_path):
     meta = prepare.prepare("demo", data_dir=tmp_path)
     assert meta.separator == "newline"
     sizes = [meta.counts[split].bytes for split in ("train", "val", "test")]
     assert 0.85 < sizes[0] / sum(sizes) < 0.95 and min(sizes) > 0.03 * sum(sizes)
-    assert "statement" in encoding.decode(load_tokens("demo", "train", tmp_path).tolist())
+    assert "statement" in meta.encoding().decode(load_tokens("demo", "train", tmp_path).tolist())
+    assert meta.vocab_size == 2048  # its own
 
 
 # --- the hub ------------------------------------------------------------------------------------

@@ -1,0 +1,216 @@
+"""A vocabulary of one's own: learned, encoded, damaged, trained on, sampled from, exported."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import regex
+from helpers import ROOT, load_tokens
+from test_gpt2 import refused
+from test_text import jsonl, write
+
+import prepare
+import sample
+import train
+from lab.console import UserError
+from lab.data import Dataset, load_tokenizer
+from lab.encode import pairs_of, ranks_of
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # its pattern
+TEXTS = [
+    "It's the cat's whiskers; the cats' 42 whiskers, 1,234 of them.\n\n  They'll  twitch.\t\n",
+    "日本語のテキスト、日本の本。 naïve – Ω 🙂🙂👩‍👩‍👧 Straße\u00a0\u3000 x\u2028y\x1c\x1f z\x00",
+    "def f(x):\n\n\n    if x:\r\n\t\treturn  x ** 2  # squares\n        " + "=" * 70 + "\n",
+    "a spelled <|endoftext|> is a text like any other \ufffd\ufeff\n" + "ab" * 200,
+]
+
+
+def slow_bpe(text, ranks):
+    """The ids of a text: in each piece of GPT-2's pattern, the neighbours of the lowest id join."""
+    ids = []
+    for piece in regex.findall(GPT2, text):
+        parts = [bytes([byte]) for byte in piece.encode()]
+        while True:
+            joined = [a + b for a, b in zip(parts, parts[1:], strict=False)]
+            known = [pair for pair in joined if pair in ranks]
+            if not known:
+                break
+            i = joined.index(min(known, key=ranks.get))
+            parts[i : i + 2] = [joined[i]]
+        ids += [ranks[part] for part in parts]
+    return ids
+
+
+def noise(seed, length=300):
+    """Characters of every kind, and words of TEXTS among them."""
+    dice = random.Random(seed)
+    kinds = [
+        range(32, 127),
+        range(0x20),
+        range(0xA0, 0x250),
+        range(0x4E00, 0x4F00),
+        (0x1F600, 0x200D),
+    ]
+    chars = [chr(dice.choice(dice.choice(kinds))) for _ in range(length)]
+    return "".join(dice.choice([char, dice.choice(TEXTS)[:9]]) for char in chars)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """data/own in a folder: 50 documents and their own vocabulary of 400."""
+    top = tmp_path_factory.mktemp("own")
+    rows = [text + noise(i) for i, text in enumerate(TEXTS * 13)]
+    write(top, {"rows.jsonl": jsonl(rows)})
+    prepare.prepare("own", top / "rows.jsonl", vocab_size=400, data_dir=top / "data")
+    return top
+
+
+def test_the_ids_are_those_of_a_slow_bpe_and_decode_to_the_text(own):
+    dataset = Dataset("own", own / "data")
+    ranks, encoding = ranks_of(dataset.tokenizer_text), dataset.encoding()
+    assert dataset.vocab_size == 400 == len(ranks) + 1 == encoding.n_vocab
+    assert sorted(ranks.values()) == list(range(399)) and len(min(ranks, key=ranks.get)) == 1
+    for text in [*TEXTS, *map(noise, range(100, 130)), bytes(range(256)).decode("latin1")]:
+        ids = encoding.encode_ordinary(text)
+        assert ids == slow_bpe(text, ranks) and encoding.decode(ids) == text
+    ids = load_tokens("own", "val", own / "data")
+    rows = [json.loads(line)["text"] for line in (own / "rows.jsonl").read_text().splitlines()]
+    assert ids.tolist() == sum((slow_bpe(row, ranks) + [399] for row in rows[19::20]), [])
+    assert len(ids) < dataset.counts["val"].bytes  # pairs were joined
+
+
+def test_the_training_split_alone_is_learned_from(tmp_path):
+    write(tmp_path, {"a/train.txt": "ab " * 500, "a/val.txt": "xy " * 500})
+    dataset = prepare.prepare("own", tmp_path / "a", vocab_size=300, data_dir=tmp_path / "data")
+    tokens = ranks_of(dataset.tokenizer_text)
+    assert b" ab" in tokens and b"xy" not in tokens
+
+
+def test_the_same_text_gives_the_same_vocabulary_on_any_number_of_threads(own, tmp_path):
+    before = (own / "data/own/tokenizer.tiktoken").read_bytes()
+    for threads in "1", "3":
+        words = "own", "--source", own / "rows.jsonl", "--vocab_size", "400", "--data_dir", tmp_path
+        env = os.environ | {"RAYON_NUM_THREADS": threads}
+        subprocess.run(
+            [sys.executable, ROOT / "prepare.py", *words, "--force"], env=env, check=True
+        )
+        assert (tmp_path / "own/tokenizer.tiktoken").read_bytes() == before
+        assert (tmp_path / "own/train.bin").read_bytes() == (
+            own / "data/own/train.bin"
+        ).read_bytes()
+
+
+def test_a_long_text_is_learned_from_evenly_spread_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("lab.text.BLOCK", 100)
+    monkeypatch.setattr(prepare, "LEARN_FROM", 2000)
+    rows = ["ab " * 20] * 100 + ["cd " * 20] * 100 + ["ef " * 20] * 100
+    write(tmp_path, {"a/train.txt": "\n".join(rows), "a/val.txt": "ab"})
+    dataset = prepare.prepare("own", tmp_path / "a", vocab_size=300, data_dir=tmp_path / "data")
+    tokens = ranks_of(dataset.tokenizer_text)
+    assert all(word in tokens for word in (b" ab", b" cd", b" ef"))
+
+
+def test_a_million_spaces_and_a_text_too_small(tmp_path, capsys):
+    write(tmp_path, {"a/train.txt": "a b" + " " * 1_000_000 + "c", "a/val.txt": "d"})
+    dataset = prepare.prepare("own", tmp_path / "a", vocab_size=4096, data_dir=tmp_path / "data")
+    assert f"{dataset.vocab_size:,} tokens, not 4,096" in capsys.readouterr().out
+    ids = load_tokens("own", "train", tmp_path / "data")[:-1].tolist()
+    assert dataset.encoding().decode(ids) == (tmp_path / "a/train.txt").read_text()
+    # asked for again as it was, it is there already
+    prepare.prepare("own", tmp_path / "a", vocab_size=4096, data_dir=tmp_path / "data")
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_the_end_of_a_text_is_the_last_id_where_the_separator_asks_for_it(tmp_path):
+    write(tmp_path, {"a/train.txt": "the cat sat on the mat\n" * 9, "a/val.txt": "the mat\n"})
+    for separator, more in ("endoftext", 1), ("newline", 0), ("none", 0):
+        dataset = prepare.prepare(
+            separator, tmp_path / "a", separator, vocab_size=270, data_dir=tmp_path / "data"
+        )
+        assert dataset.vocab_size == len(ranks_of(dataset.tokenizer_text)) + more
+        ids = load_tokens(separator, "train", tmp_path / "data").tolist()
+        text = dataset.encoding().decode(ids)
+        assert text.count("<|endoftext|>") == more and max(ids) < dataset.vocab_size
+        assert not more or ids[-1] == dataset.vocab_size - 1
+
+
+def test_a_damaged_vocabulary_is_one_line_with_the_command(own, tmp_path):
+    shutil.copytree(own / "data", tmp_path / "data")
+    path = tmp_path / "data/own/tokenizer.tiktoken"
+    for damage in (lambda: path.write_text(path.read_text()[:-9]), path.unlink):
+        damage()
+        with pytest.raises(UserError, match="tokenizer.tiktoken.*--vocab_size 400 --force"):
+            Dataset("own", tmp_path / "data")
+
+
+def test_another_vocabulary_is_another_data_set(own, tmp_path, capsys):
+    words = "own", own / "rows.jsonl"
+    with pytest.raises(UserError, match="vocab_size 400.*--force"):
+        prepare.prepare(*words, data_dir=own / "data")
+    for size in 256, 65537:
+        with pytest.raises(UserError, match="257"):
+            prepare.main(["own", "--source", str(words[1]), f"--vocab_size={size}"])
+    write(tmp_path, {"a/train.txt": "the cat\n" * 9, "a/valid.txt": "the mat\n"})
+    more = dict(vocab_size=270, data_dir=tmp_path / "data")
+    assert prepare.prepare("wikitext-2", tmp_path / "a", **more).name == "wikitext-2-270"
+    (tmp_path / "data/wikitext-2-270/train.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="prepare.py wikitext-2 --vocab_size 270 .*--force"):
+        Dataset("wikitext-2-270", tmp_path / "data").split("train")
+    # 50257 names GPT-2's, and a small text in it says that there is another way
+    capsys.readouterr()
+    prepare.prepare("mine", tmp_path / "a", vocab_size=50257, data_dir=tmp_path / "data")
+    assert "--vocab_size" in capsys.readouterr().out
+    assert Dataset("mine", tmp_path / "data").tokenizer == "gpt2"
+
+
+# --- a run with it
+
+
+@pytest.fixture
+def trained(own, tiny):
+    """out/tiny, trained on data/own, which is gone."""
+    shutil.copytree(own / "data/own", "data/own")
+    words = "--dataset", "own", "--max_steps", "6", "--head_bias", "False"
+    assert train.main([tiny, *words, "--sample_prompts", "('It is',)"]) == 0
+    shutil.rmtree("data/own")
+    return own
+
+
+def test_a_checkpoint_carries_its_vocabulary(trained, tmp_path, capsys):
+    capsys.readouterr()
+    sample.main(
+        ["--start", "日本", "--max_new_tokens", "5", "--format", "jsonl", "--device", "cpu"]
+    )
+    text = json.loads(capsys.readouterr().out)
+    encoding = Dataset("own", trained / "data").encoding()
+    assert text["text"] == encoding.decode([i for i in text["tokens"] if i < 399])
+    line = Path("out/tiny/metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["samples"][0][0] == "It is"
+
+
+def test_weights_of_another_vocabulary_are_refused(trained, tiny):
+    refused("own-.* gpt2", tiny, "--init_from", "out/tiny/best.pt", "--out_dir", "out/b")
+    refused("own-.* gpt2", tiny, "--eval_only")
+
+
+def test_transformers_reads_the_vocabulary_and_gives_the_same_ids(trained):
+    transformers = pytest.importorskip("transformers")
+    sample.main(["--export", "out/hf", "--device", "cpu"])
+    peer = transformers.GPT2Tokenizer.from_pretrained("out/hf")
+    encoding = Dataset("own", trained / "data").encoding()
+    for text in [*TEXTS[:3], *map(noise, range(200, 220))]:
+        assert peer(text)["input_ids"] == encoding.encode_ordinary(text)
+    assert peer.eos_token_id == 399
+    assert transformers.GPT2LMHeadModel.from_pretrained("out/hf").config.eos_token_id == 399
+
+
+def test_gpt2_s_pairs_are_its_merges():
+    encoding = load_tokenizer()
+    ranks = {encoding.decode_single_token_bytes(i): i for i in range(0, 3000)}
+    pairs = pairs_of(ranks)
+    assert len(pairs) == 3000 - 256 and pairs[:3] == [(b" ", b"t"), (b" ", b"a"), (b"h", b"e")]
