@@ -1,0 +1,38 @@
+"""Experiment 7: what are two thirds of the parameters worth elsewhere?
+
+Question: two thirds of experiment 6's 19,338,609 parameters are rows of GPT-2's vocabulary, made for
+the whole web. With 8,192 tokens learned from this text, and the freed parameters spent on width and
+depth (256 x 8 becomes 384 x 9), how far does the perplexity per word fall at equal parameters and
+text? 19,300,388 parameters, of which the vocabulary takes 16 %.
+    D = about 134 M training tokens per epoch (not counted), as many bytes as experiment 6's
+        115,716,078; D / N = about 6.9
+    32 x 512 = 16,384 tokens per step = 66 kB of text, where experiment 6 reads 76 kB; about 8,200
+        steps per epoch, where experiment 6 takes 7,063
+`python prepare.py wikitext-103 --vocab_size 8192` writes the data set.
+Expected: after one epoch of the articles that experiment 6 was measured on, perplexity per word 54
+to 58, where experiment 6 has 63.7. At 63.7 or above the answer is no: then GPT-2's rows, which begin
+as a table of word frequencies, were worth more than the blocks. In the first half million tokens on
+a CPU the small vocabulary lay behind (docs/data.md). Not run: it takes a GPU. Losses and
+perplexities per token do not compare with experiment 6's; bits per byte and those per word do.
+"""
+
+dataset = "wikitext-103-8192"
+max_seq_len = 512
+d_model = 384
+num_heads = 6
+d_ff = 1568
+num_layers = 9
+dropout = 0.0
+block = "modern"
+unigram_bias = True
+
+batch_size = 32
+epochs = 15
+optimizer = "muon"
+learning_rate = 3e-3
+muon_learning_rate = 0.02
+adam_eps = 1e-5
+warmup_steps = 200
+lr_schedule = "trapezoid"
+weight_decay = 0.03
+grad_clip = 1.0
