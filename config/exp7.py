@@ -1,19 +1,18 @@
 """Experiment 7: what are two thirds of the parameters worth elsewhere?
 
-Question: two thirds of experiment 6's 19,338,609 parameters are rows of GPT-2's vocabulary, made for
-the whole web. With 8,192 tokens learned from this text, and the freed parameters spent on width and
-depth (256 x 8 becomes 384 x 9), how far does the perplexity per word fall at equal parameters and
-text? 19,300,388 parameters, of which the vocabulary takes 16 %.
+Question: two thirds of experiment 6's 19,338,609 parameters are rows of GPT-2's vocabulary, which
+was made for the whole web. With 8,192 tokens learned from this text, and the freed parameters spent
+on width and depth (256 x 8 becomes 384 x 9), how far does the perplexity per word fall at equal
+parameters and text? 19,300,388 parameters, of which the vocabulary takes 16 %.
     D = about 134 M training tokens per epoch (not counted), as many bytes as experiment 6's
         115,716,078; D / N = about 6.9
     32 x 512 = 16,384 tokens per step = 66 kB of text, where experiment 6 reads 76 kB; about 8,200
         steps per epoch, where experiment 6 takes 7,063
 `python prepare.py wikitext-103 --vocab_size 8192` writes the data set.
 Expected: after one epoch of the articles that experiment 6 was measured on, perplexity per word 54
-to 58, where experiment 6 has 63.7. At 63.7 or above the answer is no: then GPT-2's rows, which begin
-as a table of word frequencies, were worth more than the blocks. In the first half million tokens on
-a CPU the small vocabulary lay behind (docs/data.md). Not run: it takes a GPU. Losses and
-perplexities per token do not compare with experiment 6's; bits per byte and those per word do.
+to 58, where experiment 6 has 63.7. At 63.7 or above the answer is no: then GPT-2's rows, which
+begin as a table of word frequencies, were worth more than the blocks. Not run: it takes a GPU. Only
+bits per byte and perplexities per word compare with experiment 6's.
 """
 
 dataset = "wikitext-103-8192"
