@@ -41,17 +41,17 @@ def main(argv=None):
             return eval_only(config, machine)
         quiet = machine.rank > 0
         with stop_signals(quiet) as stop, Folder(config.out_dir, machine) as folder:
-            return train(config, machine, folder, stop, resume_command(argv, machine))
+            return train(config, machine, folder, stop, command_of(argv, machine))
 
 
-def resume_command(argv, machine):
-    """The command that goes on with this run."""
+def command_of(argv, machine):
+    """The command that begins this run; with --resume it goes on with it."""
     words = [word for word in argv if word != "--resume"]
     processes = machine.local_world if machine.world > 1 else 1
-    return command("train.py", *words, "--resume", processes=processes)
+    return command("train.py", *words, processes=processes)
 
 
-def train(config, machine, folder, stop, resume_command):
+def train(config, machine, folder, stop, this_command):
     """Run a config to its end or to a signal. Returns the process's exit code.
 
     stop: a list that is empty until a signal comes. Raises UserError before the first step for
@@ -72,14 +72,14 @@ def train(config, machine, folder, stop, resume_command):
     machine.say(plan_text(config, machine, dataset, planned, batches, total_steps))
     if config.dry_run:
         return 0
-    if config.sample_prompts and dataset.tokenizer == "gpt2":
-        # if it is not to be had, then here and not hours later
-        machine.from_rank_0(lambda: bool(load_tokenizer()))
+    # if it is not to be had, then here and not hours later
+    machine.from_rank_0(lambda: bool(tokenizer_of(config, dataset)))
     model = build_model(config, machine, planned, splits["train"].tokens)
     if weights:
         model.load_state_dict(weights)
 
     # what to go on from
+    resume_command = f"{this_command} --resume"
     checkpoint, finished = machine.from_rank_0(lambda: folder.open(config, hashes, resume_command))
     state = State(config, batches, total_steps)
     if checkpoint:
@@ -92,7 +92,10 @@ def train(config, machine, folder, stop, resume_command):
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     del checkpoint, weights  # or their copies of the weights would stay
-    folder.begin(state, describe(config, dataset, model, batches, total_steps))
+    given = dict(command=this_command, file=config.file, otherwise=config.otherwise)
+    given["departs"] = config.departs
+    metadata = describe(config, dataset, model, batches, total_steps) | {"given": given}
+    folder.begin(state, metadata)
     folder.write("conclusion.md", lambda: invite(folder.path))
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
 
@@ -143,6 +146,23 @@ def describe(config, dataset, model, batches, total_steps):
             splits={split: vars(counts) for split, counts in dataset.counts.items()},
         ),
     )
+
+
+def tokenizer_of(config, dataset):
+    """What samples are encoded with, None where there are to be none. Raises UserError."""
+    wanted = config.sample_prompts != () and dataset.tokenizer == "gpt2"
+    return load_tokenizer() if wanted else None
+
+
+def prompts_from(tokens, encoding):
+    """Three texts of a few words from evenly spread places of a split's tokens (n,) uint16."""
+    prompts = []
+    for i in range(3):
+        start = len(tokens) * i // 3
+        ids = [id for id in tokens[start : start + 12].tolist() if id != encoding.eot_token]
+        text = encoding.decode(ids).strip("\ufffd")  # the places may lie amid a character
+        prompts.append(text.partition(" ")[2] or text)  # or amid a word
+    return prompts
 
 
 class Run:
@@ -302,10 +322,13 @@ class Run:
 
     def samples(self):
         """{"samples": [[prompt, continuation]]} of sample_prompts, on rank 0."""
-        prompts, separator = self.config.sample_prompts, self.dataset.separator
-        if self.machine.rank > 0 or not prompts or self.dataset.tokenizer != "gpt2":
+        prompts, dataset = self.config.sample_prompts, self.dataset
+        encoding = None if self.machine.rank > 0 else tokenizer_of(self.config, dataset)
+        if not encoding:
             return {}
-        args = self.trainer.model, load_tokenizer(), prompts, separator, SAMPLE_TOKENS
+        if prompts is None:
+            prompts = prompts_from(dataset.split("val").tokens, encoding)
+        args = self.trainer.model, encoding, prompts, dataset.separator, SAMPLE_TOKENS
         return {"samples": continue_texts(*args)}
 
     def last_figures(self):

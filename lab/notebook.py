@@ -113,9 +113,7 @@ def write_entry(folder):
 def entry(run):
     """A run's notebook entry, Markdown."""
     metadata, c = run.metadata, run.metadata["config"]
-    title, _, question = metadata["doc"].strip().partition("\n")
-    # indented lines are the arithmetic: blank lines around make them a block of their own
-    question = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", question).strip()
+    title, question, expected = opening(run, c)
 
     # the figures of its parts
     n, data, names = metadata["parameters"], metadata["data"], ("tokens", "words", "bytes")
@@ -124,14 +122,13 @@ def entry(run):
     N, D = n["total"], data["splits"]["train"]["tokens"]
     planned = metadata["steps"] * metadata["step_tokens"]
     muon = f"Muon for the blocks' matrices, lr {c['muon_learning_rate']:g}, and "
-    expected = c["expected_ppl"] and "Validation perplexity {:g} to {:g}".format(*c["expected_ppl"])
     words = written(read_bytes(f"{run.folder}/conclusion.md"))
     not_yet = [f"No evaluation yet, step {run.last['step']:,}."]
 
     paragraphs = [
-        f"# {title or metadata['name']} - {metadata['began'][:10]}",
+        f"# {title} - {metadata['began'][:10]}",
         "## What we're doing",
-        question or "(the config says nothing)",
+        question,
         "## Model",
         table(["setting", "value"], [["vocab_size", show(metadata["vocab_size"])], *settings]),
         f"**Parameters: {N:,}** (embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, "
@@ -144,6 +141,7 @@ def entry(run):
         f"{run.last['tokens'] / N:.2f} so far, {planned / N:.2f} in the run as planned. "
         f"Chinchilla's ratio is 20: the model has {chinchilla(N, D)}.",
         "## Set-up",
+        *given_part(metadata.get("given"), c),
         f"- Optimizer: {muon if c['optimizer'] == 'muon' else ''}AdamW, lr {c['learning_rate']:g}, "
         f"{c['warmup_steps']} steps of warm-up, then {c['lr_schedule']} to "
         f"{c['min_learning_rate']:g}; betas {c['beta1']:g} and {c['beta2']:g}, epsilon "
@@ -152,12 +150,40 @@ def entry(run):
         f"step; {metadata['steps']:,} steps, {planned / D:.2f} epochs; seed {c['seed']}\n"
         f"- Machine: {metadata['machine']}; {metadata['versions']}; commit {metadata['commit']}",
         "## Expected",
-        expected or "no figure given",
+        expected,
         "## Results",
         *(results_part(run, c) if run.evaluations else not_yet),
         *(["## Conclusion", words] if words else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def opening(run, c):
+    """(an entry's title, its question, what was expected), from the question that was given, else
+    from the config's docstring."""
+    doc, given = run.metadata["doc"].strip(), run.metadata.get("given", {})
+    title, _, text = (c.get("question") or doc).strip().partition("\n")
+    # indented lines are the arithmetic: blank lines around make them a block of their own
+    text = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", text)
+    text, _, expected = text.partition("\nExpected: ")
+    if given.get("departs") and not c.get("question"):
+        title, expected = f"{run.name}, after {given['file']}", ""
+        quoted = "\n".join(f"> {line}".rstrip() for line in doc.splitlines())
+        text = f"Other settings than those of {given['file']}, which says of itself:\n\n{quoted}"
+    if c["expected_ppl"] and (not expected or "expected_ppl" in given.get("otherwise", {})):
+        expected = "Validation perplexity {:g} to {:g}".format(*c["expected_ppl"])
+    question = text.strip() or title or "(the config says nothing)"
+    return title or run.name, question, expected.strip() or "nothing was said of these settings"
+
+
+def given_part(given, c):
+    """The entry's paragraphs on the command line and the settings that it changed."""
+    if not given:  # a run of before
+        return []
+    shown = ("out_dir", "resume", "question")  # in the command; the others in a table
+    rows = [[name, old, c[name]] for name, old in given["otherwise"].items() if name not in shown]
+    changed = table(["set otherwise", f"in {given['file']}", "here"], rows)
+    return [fenced(given["command"]), changed if rows else f"Settings as in {given['file']}."]
 
 
 def results_part(run, c):

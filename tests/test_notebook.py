@@ -89,8 +89,48 @@ def test_a_figure_that_is_not_finite_is_shown_all_the_same(value):
 
 def test_a_docstrings_arithmetic_is_a_block_of_its_own(in_tmp):
     run = leave("a", doc="Title\n\nQuestion: why?\n    2 x 2 = 4\n    2 + 2 = 4\nExpected: 4")
-    block = "Question: why?\n\n    2 x 2 = 4\n    2 + 2 = 4\n\nExpected: 4\n\n## Model"
-    assert block in entry(SavedRun(run))
+    block = "Question: why?\n\n    2 x 2 = 4\n    2 + 2 = 4\n\n## Model"
+    assert block in entry(SavedRun(run)) and "## Expected\n\n4\n" in entry(SavedRun(run))
+
+
+SAYS = '"""Tiny: why?\n\nQuestion: how?\nExpected: a loss of 4.\n"""\nmax_steps = 6\n'
+EXPECTS = "expected_ppl = (1, 1e9)\nrecorded_ppl = 65.71\n"
+
+
+@pytest.mark.parametrize(
+    "words, title, question, row, expected, judged",
+    [
+        ("", "Tiny: why?", "Question: how?", "Settings as in tiny.py", "a loss of 4.", True),
+        ("--seed 1", "Tiny: why?", "Question: how?", "| seed | 0 | 1 |", "a loss of 4.", True),
+        (
+            "--max_steps 7",
+            "run, after tiny.py",
+            "> Question: how?",
+            "| max_steps | 6 | 7 |",
+            "nothing was said",
+            False,
+        ),
+        ("--question Who", "Who", "Who", "Settings as", "Validation perplexity 1 to 1e", True),
+        (
+            "--max_steps 7 --expected_ppl 2,1e8",
+            "run, after tiny.py",
+            "> Question: how?",
+            "| max_steps | 6 | 7 |",
+            "Validation perplexity 2 to 1e",
+            True,
+        ),
+    ],
+)
+def test_an_entry_says_what_was_run(tiny, capsys, words, title, question, row, expected, judged):
+    Path(tiny).write_text(SAYS + Path(tiny).read_text() + EXPECTS)
+    assert train.main([tiny, *words.split(), "--out_dir", "out/run"]) == 0
+    text, shown = text_of(Path("out/run")), capsys.readouterr().out
+    assert text.startswith(f"# {title} - ") and f"\n{row}" in text
+    assert question in text.partition("## Model")[0].splitlines()
+    assert f"## Expected\n\n{expected}" in text
+    assert f"train.py tiny.py {words + ' ' * bool(words)}--out_dir out/run\n" in text
+    assert (": met" in text) == (": met" in shown) == judged
+    assert ("65.71" in text) == ("65.71" in shown) == (words[:11] != "--max_steps")
 
 
 def test_an_evaluation_without_figures_is_in_the_entry(in_tmp):

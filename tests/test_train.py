@@ -27,6 +27,7 @@ from helpers import (
     assert_the_same_run,
     before_each_pass,
     limited,
+    load_tokens,
     make_dataset,
     metrics,
     near,
@@ -40,7 +41,7 @@ import report
 import train
 from config import load_config
 from lab.console import UserError
-from lab.data import Batches
+from lab.data import Batches, Split, batches_of, load_tokenizer
 from lab.folder import Lock, load_checkpoint
 from lab.weights import new_model
 
@@ -117,6 +118,24 @@ def test_both_optimizers_follow_the_schedule(tiny):
     groups = [[lr, lr, 2 * lr] for lr in rates]  # 0.02 where AdamW's is 0.01
     np.testing.assert_allclose(seen, groups, rtol=near(torch.float64, 2))
     assert rates[0] == rates[4] > rates[-1] > 0  # warm-up is a tenth of the steps at most
+
+
+def test_own_text_is_seen_a_million_times_and_speaks_for_itself(tiny):
+    """epochs and prompts follow from the text; own.py is the config whose data set is anybody's."""
+    os.rename("data/tiny", "data/notes")
+    config = load_config([str(ROOT / "config/own.py"), "--dataset", "notes"])
+    assert config.otherwise == {"dataset": "mine"} and not config.departs
+    for tokens, epochs in (3_000, 20), (300_000, 4), (5_000_000, 1):
+        split = Split(np.zeros(tokens, np.uint16), 1, 1)
+        batches, steps = batches_of(config, split)
+        assert steps == batches.epoch_end(epochs)
+    tokens = np.array(load_tokenizer().encode("One two three. " * 50) + [50256], np.uint16)
+    assert train.prompts_from(tokens, load_tokenizer())[0].startswith("two three. One")
+    assert "<|" not in train.prompts_from(np.full(9, 50256), load_tokenizer())[0]
+    make_dataset(Path("data"), vocab_size=50257)
+    assert train.main([tiny, "--max_steps", "1", "--sample_prompts", "none"]) == 0
+    prompts = [prompt for prompt, _ in metrics(evaluations=True)[0]["samples"]]
+    assert prompts == train.prompts_from(load_tokens("tiny", "val"), load_tokenizer())
 
 
 # --- stopped and resumed
@@ -383,10 +402,10 @@ def test_compiled_blocks_give_the_same_curve(tiny, script, more):
 
 def test_the_command_that_resumes_is_the_shell_s():
     words = ["exp 5.py", "--sample_prompts", "()", "--resume", "--seed", "1"]
-    resumes = train.resume_command(words, CPU)
-    assert resumes.endswith("train.py 'exp 5.py' --sample_prompts '()' --seed 1 --resume")
-    two = train.resume_command([], dataclasses.replace(CPU, world=4, local_world=2))
-    assert "torch" in two and "--nproc_per_node=2 " in two and two.endswith("train.py --resume")
+    begins = train.command_of(words, CPU)
+    assert begins.endswith("train.py 'exp 5.py' --sample_prompts '()' --seed 1")
+    two = train.command_of([], dataclasses.replace(CPU, world=4, local_world=2))
+    assert "torch" in two and "--nproc_per_node=2 " in two and two.endswith("train.py")
 
 
 def test_ctrl_c_in_a_terminal(tiny):
