@@ -21,9 +21,11 @@ from lab.data import Dataset, batches_of, load_tokenizer
 from lab.evaluate import evaluate, figures_text
 from lab.folder import Folder, load_checkpoint
 from lab.generate import continue_texts
+from lab.gpt2 import open_weights
 from lab.machine import open_machine
-from lab.notebook import chinchilla, invite, perplexity, verdict, write_entry
+from lab.notebook import invite, perplexity, verdict, write_entry
 from lab.optimizer import warmup_of
+from lab.plan import plan_text
 from lab.state import State
 from lab.trainer import Trainer, micro_batch_size
 from lab.weights import build_model, open_for, settle, settle_dtype, with_context
@@ -90,42 +92,14 @@ def train(config, machine, folder, stop, this_command):
         return 0
     trainer = Trainer(config, machine, model, batches, total_steps)
     if checkpoint:
+        tell_learning_rate(checkpoint, trainer, state)
         trainer.load_state_dict(checkpoint)
     del checkpoint, weights  # or their copies of the weights would stay
-    given = dict(command=this_command, file=config.file, otherwise=config.otherwise)
-    given["departs"] = config.departs
-    metadata = describe(config, dataset, model, batches, total_steps) | {"given": given}
+    metadata = describe(config, dataset, model, batches, total_steps)
+    metadata["given"]["command"] = this_command
     folder.begin(state, metadata)
     folder.write("conclusion.md", lambda: invite(folder.path))
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
-
-
-def plan_text(config, machine, dataset, model, batches, total_steps):
-    """What is about to be trained, as text: the true counts, the data, Chinchilla's ratio, steps,
-    FLOPs, memory."""
-    n, flops, tokens = model.count(), model.flops_per_token(), len(batches.tokens)
-    step_tokens, run_tokens = batches.step_tokens, total_steps * batches.step_tokens
-    micro = micro_batch_size(config, model, machine)
-    memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
-    source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
-    lines = {
-        "run": f"{config.out_dir} on {machine}",
-        "weights": f"initialised {source}",
-        "parameters": f"{n['total']:,}: embeddings {n['embeddings']:,}, head bias "
-        f"{n['head_bias']:,}, blocks {n['blocks']:,}",
-        "data": f"{config.dataset}: {tokens:,} training tokens, "
-        f"{dataset.counts['val'].tokens:,} validation tokens",
-        "ratio": f"{tokens / n['total']:.2f} tokens per parameter in an epoch, "
-        f"{run_tokens / n['total']:.2f} in the run",
-        "": f"{chinchilla(n['total'], tokens)} (20 tokens per parameter)",
-        "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = "
-        f"{step_tokens:,} tokens, {batches.windows / config.batch_size:,.1f} per epoch, "
-        f"{warmup_of(config, total_steps)} of warm-up, {micro} sequences per forward pass",
-        "compute": f"{flops:,} FLOPs per token, {flops * step_tokens:.3g} per step, "
-        f"{flops * run_tokens:.3g} in the run",
-        "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves",
-    }
-    return "\n".join(f"{name:10}  {line}" for name, line in lines.items())
 
 
 def describe(config, dataset, model, batches, total_steps):
@@ -133,6 +107,7 @@ def describe(config, dataset, model, batches, total_steps):
     return dict(
         name=config.name,
         doc=config.doc,
+        given=dict(file=config.file, values=config.given, departs=config.departs),
         config=config.plain() | {"warmup_steps": warmup_of(config, total_steps)},
         steps=total_steps,
         step_tokens=batches.step_tokens,
@@ -146,6 +121,19 @@ def describe(config, dataset, model, batches, total_steps):
             splits={split: vars(counts) for split, counts in dataset.counts.items()},
         ),
     )
+
+
+def tell_learning_rate(checkpoint, trainer, state):
+    """Say it if a run that goes on has a higher learning rate than where it was left, since its
+    planned length is another."""
+    was = checkpoint["optimizers"][0]["param_groups"][0]["lr"]
+    lr = trainer.lr(state.step)
+    if trainer.lr(max(0, state.step - 1)) > was:
+        trainer.machine.say(
+            f"the learning rate goes back up, from {was:.2e} to {lr:.2e}, since its "
+            f"schedule is now {state.total_steps:,} steps long; where it is not to, begin another "
+            "run with all its steps, or with --lr_schedule constant"
+        )
 
 
 def tokenizer_of(config, dataset):
@@ -375,18 +363,22 @@ class Run:
 
 
 def eval_only(config, machine):
-    """Print the figures, on a split, of the best checkpoint in out_dir; of init_from's weights
-    where there is none. Raises UserError."""
-    path = f"{config.out_dir}/best.pt"
+    """Print the figures, on a split, of the best checkpoint in out_dir, on its data set and in its
+    context if the command line names no other; of init_from's weights where there is none. Raises
+    UserError."""
+    path, named = f"{config.out_dir}/best.pt", config.given
     if config.init_from and not os.path.exists(path):
-        path = config.init_from
-    dataset = Dataset(config.dataset, config.data_dir)
+        path, named = config.init_from, config.named
+    name = config.dataset
+    if "dataset" not in named:
+        name = open_weights(path).get("config", {}).get("dataset", name)
+    dataset = Dataset(name, config.data_dir)
     split = dataset.split(config.split)
 
     # the weights, with the context that is asked for, in the dtype that they were evaluated in
     checkpoint = open_for(dataset, path)
     args = checkpoint["model_args"]
-    context = config.max_seq_len if "max_seq_len" in config.named else args["max_seq_len"]
+    context = config.max_seq_len if "max_seq_len" in named else args["max_seq_len"]
     model = LanguageModel.from_checkpoint(with_context(checkpoint, context)).to(machine.device)
     config = config.changed(**{name: args[name] for name in ("d_model", "d_ff")})
     old = checkpoint.get("config", {}).get("dtype")

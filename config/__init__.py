@@ -35,7 +35,7 @@ class Config:
     file: ClassVar[str] = ""  # its path, as the command line has it
     doc: ClassVar[str] = ""  # its docstring: the question, and what is expected
     named: ClassVar[frozenset] = frozenset()  # the settings that it or the command line names
-    otherwise: ClassVar[dict] = {}  # what the command line gives otherwise: {name: the file's}
+    given: ClassVar[dict] = {}  # what the command line names: {name: the file's value}
 
     dataset: str = setting("wikitext-103", "folder in data_dir that prepare.py wrote", group="data")
     data_dir: str = free("data", "where the data sets lie", path=True)
@@ -118,8 +118,8 @@ class Config:
     def departs(self):
         """Whether this is another experiment than the one that the config's docstring speaks of.
         own.py speaks of any data set."""
-        own = ("dataset", "mine")
-        return any(name in SPOKEN_OF and (name, v) != own for name, v in self.otherwise.items())
+        other = [(name, v) for name, v in self.given.items() if getattr(self, name) != v]
+        return any(name in SPOKEN_OF and (name, v) != ("dataset", "mine") for name, v in other)
 
     def changed(self, **values):
         """A copy with these values, of the same name, docstring and named settings."""
@@ -239,10 +239,12 @@ def load_grid(argv, script, cls, lists=()):
     have several values with commas between them: a Config for each combination, those that differ
     in the last one next to each other. Raises UserError with the problems of all in one line."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        more = ",value" if lists else ""
-        show_help(cls, f"python {script} config/NAME.py [--setting value{more} ...]")
-    alone, over, problems = split_words(cls, argv, lists)
+    more = ",value" if lists else ""
+    asked = [word for word in argv if word not in ("--help", "-h")]
+    alone, over, problems = split_words(cls, asked, lists)
+    if asked != list(argv):
+        file = check(cls, read_config(alone[0])[0])[0] if alone else cls()
+        show_help(file, f"python {script} config/NAME.py [--setting value{more} ...]")
     if not alone:
         small = command(script, ROOT / "config/demo.py")
         problems = problems or [f"no config given; `{small}` runs the small one"]
@@ -263,8 +265,7 @@ def load_grid(argv, script, cls, lists=()):
         config.named = frozenset(values)
         config.name, config.doc = os.path.splitext(os.path.basename(path))[0], doc
         config.file = path
-        old = {name: getattr(of_file, name) for name in over if name in right}
-        config.otherwise = {k: v for k, v in old.items() if getattr(config, k) != v}
+        config.given = {name: getattr(of_file, name) for name in over if name in right}
         for name in ("expected_ppl", "recorded_ppl"):
             if config.departs and name not in over:  # it was said of the experiment of the file
                 setattr(config, name, getattr(cls, name))

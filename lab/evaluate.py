@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lab.console import progress
-from lab.notebook import perplexity
+from lab.notebook import perplexities
 
 
 def spans(predicted, context, stride):
@@ -78,7 +78,8 @@ def figures_of(nats, n, squares, products, lengths, k, split):
         "loss": loss,
         "stderr": math.sqrt(spread * k / (k - 1)) / n if k > 1 else None,
         "ppl": math.exp(min(loss, 700)),
-        "ppl_word": math.exp(min(nats / split.words, 700)),
+        # code and Chinese have too few of what white space separates
+        "ppl_word": math.exp(min(nats / split.words, 700)) if 2 * split.words > n else None,
         "bits_per_byte": nats / split.bytes / math.log(2),
         "tokens": int(n),
         "words": split.words,
@@ -90,9 +91,8 @@ def figures_text(split, figures, separator):
     """Figures as the two lines that a user reads, with the text that they are over."""
     error = f" ± {figures['stderr']:.4f}" if figures["stderr"] is not None else ""
     return (
-        f"{split:11} loss {figures['loss']:.4f}{error} nats per token, perplexity "
-        f"{perplexity(figures['ppl'])} per token, {perplexity(figures['ppl_word'])} per word, "
-        f"{figures['bits_per_byte']:.4f} bits per byte\n{'':11} over {figures['tokens']:,} tokens, "
+        f"{split:11} loss {figures['loss']:.4f}{error} nats per token, "
+        f"{perplexities(figures)}\n{'':11} over {figures['tokens']:,} tokens, "
         f"{figures['words']:,} words, {figures['bytes']:,} bytes; context {figures['context']}, "
         f"stride {figures['stride']}, separator {separator}"
     )

@@ -29,6 +29,15 @@ def perplexity(value):
     return f"{value:,.2f}" if value is not None and value < 1e6 else show(value)
 
 
+def perplexities(figures, prefix=""):
+    """An evaluation's perplexities and bits per byte as a phrase; the last first where its text has
+    too few words for a perplexity of them."""
+    ppl, word = (figures[prefix + name] for name in ("ppl", "ppl_word"))
+    token, bits = f"perplexity {perplexity(ppl)} per token", figures[f"{prefix}bits_per_byte"]
+    bits = f"{show(bits)} bits per byte"
+    return f"{token}, {perplexity(word)} per word, {bits}" if word else f"{bits}, {token}"
+
+
 def show(value):
     """Any figure, "-" for none: 4.0598, 46.33, 7,342,033, and larger ones as 1.26e15."""
     if value is None or isinstance(value, (str, bool)):
@@ -141,7 +150,7 @@ def entry(run):
         f"{run.last['tokens'] / N:.2f} so far, {planned / N:.2f} in the run as planned. "
         f"Chinchilla's ratio is 20: the model has {chinchilla(N, D)}.",
         "## Set-up",
-        *given_part(metadata.get("given"), c),
+        *given_part(given_of(run), c),
         f"- Optimizer: {muon if c['optimizer'] == 'muon' else ''}AdamW, lr {c['learning_rate']:g}, "
         f"{c['warmup_steps']} steps of warm-up, then {c['lr_schedule']} to "
         f"{c['min_learning_rate']:g}; betas {c['beta1']:g} and {c['beta2']:g}, epsilon "
@@ -161,27 +170,33 @@ def entry(run):
 def opening(run, c):
     """(an entry's title, its question, what was expected), from the question that was given, else
     from the config's docstring."""
-    doc, given = run.metadata["doc"].strip(), run.metadata.get("given", {})
+    doc, given = run.metadata["doc"].strip(), given_of(run)
     title, _, text = (c.get("question") or doc).strip().partition("\n")
     # indented lines are the arithmetic: blank lines around make them a block of their own
     text = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", text)
     text, _, expected = text.partition("\nExpected: ")
-    if given.get("departs") and not c.get("question"):
+    if given["departs"] and not c.get("question"):
         title, expected = f"{run.name}, after {given['file']}", ""
         quoted = "\n".join(f"> {line}".rstrip() for line in doc.splitlines())
         text = f"Other settings than those of {given['file']}, which says of itself:\n\n{quoted}"
-    if c["expected_ppl"] and (not expected or "expected_ppl" in given.get("otherwise", {})):
+    if c["expected_ppl"] and (not expected or "expected_ppl" in given["values"]):
         expected = "Validation perplexity {:g} to {:g}".format(*c["expected_ppl"])
     question = text.strip() or title or "(the config says nothing)"
     return title or run.name, question, expected.strip() or "nothing was said of these settings"
 
 
+def given_of(run):
+    """What the command line gave, as run.json has it; of an earlier version's run, nothing."""
+    return run.metadata.get("given") or dict(command="", departs=False, values={})
+
+
 def given_part(given, c):
     """The entry's paragraphs on the command line and the settings that it changed."""
-    if not given:  # a run of before
+    if not given["command"]:
         return []
     shown = ("out_dir", "resume", "question")  # in the command; the others in a table
-    rows = [[name, old, c[name]] for name, old in given["otherwise"].items() if name not in shown]
+    old = given["values"].items()
+    rows = [[k, value, c[k]] for k, value in old if value != c[k] and k not in shown]
     changed = table(["set otherwise", f"in {given['file']}", "here"], rows)
     return [fenced(given["command"]), changed if rows else f"Settings as in {given['file']}."]
 
@@ -197,9 +212,8 @@ def results_part(run, c):
     paragraphs = [
         evaluations_table(run.evaluations),
         "![loss](curve.png)",
-        f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, perplexity "
-        f"{perplexity(best['val_ppl'])} per token, {perplexity(best['val_ppl_word'])} per word, "
-        f"{show(best['val_bits_per_byte'])} bits per byte.**",
+        f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, "
+        f"{perplexities(best, 'val_')}.**",
         final and table(["at the best", *run.final["val"]], final),
         met and "Expected {:g} to {:g}: {}.".format(*c["expected_ppl"], met),
         c["recorded_ppl"] and f"The original notebook recorded {c['recorded_ppl']:g}.",

@@ -130,6 +130,13 @@ def test_help_shows_every_setting_with_its_reason_and_its_own_first(capsys):
     assert shown.index("--steps ") < shown.index("\ndata\n") < shown.index("\ntraining\n")
 
 
+def test_help_for_a_config_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        load_config([str(ROOT / "config/exp5.py"), "--help"])
+    shown = capsys.readouterr().out
+    assert "--patience 5\n" in shown and "--max_hours 12.0\n" in shown and "--seed 0\n" in shown
+
+
 NOTEBOOK = {  # dataset, batch, epochs, learning rate, dropout, recorded
     "exp1": ("wikitext-2", 8, 300, 3e-4, 0.3, 464.64),
     "exp2": ("wikitext-103", 32, 10, 3e-4, 0.3, 364.71),

@@ -10,7 +10,18 @@ import train
 from config import Config
 from lab import notebook
 from lab.console import UserError
-from lab.notebook import INVITES, SavedRun, entry, perplexity, show, verdict, write_entry
+from lab.data import Split
+from lab.evaluate import figures_of, figures_text
+from lab.notebook import (
+    INVITES,
+    SavedRun,
+    entry,
+    perplexities,
+    perplexity,
+    show,
+    verdict,
+    write_entry,
+)
 
 MINE = "It learns.\n\n# Next\n\n[a](b.txt) ![c](<d e.png>)\n\n```\n# a comment\n"
 OLD_MARK = f"<!-- all above is written by the program, all below by you; sha256 {'0' * 64} -->"
@@ -82,6 +93,16 @@ def test_a_figure_is_read_at_a_glance():
 def test_a_figure_that_is_not_finite_is_shown_all_the_same(value):
     assert perplexity(value) == show(value) != ""
     assert verdict((1.0, 2.0), value) == "not met"
+
+
+def test_a_perplexity_per_word_is_shown_where_there_are_words_enough():
+    for words, order in (60, ["token", "word", "byte"]), (40, ["byte", "token"]):
+        figures = figures_of(200.0, 100, 500.0, 400.0, 1000, 10, Split(None, words, 400))
+        for text in figures_text("val", figures, "none"), perplexities(figures):
+            assert (
+                re.findall(r"per (token|word|byte)", text.replace("nats per token", ""))[:3]
+                == order
+            )
 
 
 # --- the entry
