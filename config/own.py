@@ -1,7 +1,7 @@
 """Own text: what does a small model learn from it?
 
-Question: how well does a model of 7.3 million parameters, with experiment 6's recipe, learn this
-text, and when does it begin to learn it by heart?
+Question: how well does a small model, with experiment 6's recipe, learn this text, and when does
+it begin to learn it by heart?
     8 x 256 = 2,048 tokens per step; as many epochs as show it a million tokens, 20 at most
 Expected: a validation loss that falls, and with little text rises again. Three evaluations without
 a new best end the run; best.pt holds the best of them.
