@@ -21,7 +21,6 @@ from lab.data import Dataset, batches_of, load_tokenizer
 from lab.evaluate import evaluate, figures_text
 from lab.folder import Folder, load_checkpoint
 from lab.generate import continue_texts
-from lab.gpt2 import open_weights
 from lab.machine import open_machine
 from lab.notebook import invite, perplexity, verdict, write_entry
 from lab.optimizer import warmup_of
@@ -96,8 +95,7 @@ def train(config, machine, folder, stop, this_command):
         trainer.load_state_dict(checkpoint)
     del checkpoint, weights  # or their copies of the weights would stay
     metadata = describe(config, dataset, model, batches, total_steps)
-    metadata["given"]["command"] = this_command
-    folder.begin(state, metadata)
+    folder.begin(state, metadata | dict(command=this_command))
     folder.write("conclusion.md", lambda: invite(folder.path))
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
 
@@ -107,7 +105,9 @@ def describe(config, dataset, model, batches, total_steps):
     return dict(
         name=config.name,
         doc=config.doc,
-        given=dict(file=config.file, values=config.given, departs=config.departs),
+        file=config.file,
+        given=config.given,
+        departs=config.departs,
         config=config.plain() | {"warmup_steps": warmup_of(config, total_steps)},
         steps=total_steps,
         step_tokens=batches.step_tokens,
@@ -124,15 +124,13 @@ def describe(config, dataset, model, batches, total_steps):
 
 
 def tell_learning_rate(checkpoint, trainer, state):
-    """Say it if a run that goes on has a higher learning rate than where it was left, since its
-    planned length is another."""
-    was = checkpoint["optimizers"][0]["param_groups"][0]["lr"]
-    lr = trainer.lr(state.step)
+    """Say it if the run's length is now another, and its learning rate higher than it was left."""
+    was, now = checkpoint["optimizers"][0]["param_groups"][0]["lr"], trainer.lr(state.step)
     if trainer.lr(max(0, state.step - 1)) > was:
         trainer.machine.say(
-            f"the learning rate goes back up, from {was:.2e} to {lr:.2e}, since its "
-            f"schedule is now {state.total_steps:,} steps long; where it is not to, begin another "
-            "run with all its steps, or with --lr_schedule constant"
+            f"the learning rate goes back up, from {was:.2e} to {now:.2e}, since its schedule is "
+            f"now {state.total_steps:,} steps long; where it is not to, begin another run with all "
+            "its steps, or with --lr_schedule constant"
         )
 
 
@@ -146,10 +144,10 @@ def prompts_from(tokens, encoding):
     """Three texts of a few words from evenly spread places of a split's tokens (n,) uint16."""
     prompts = []
     for i in range(3):
-        start = len(tokens) * i // 3
-        ids = [id for id in tokens[start : start + 12].tolist() if id != encoding.eot_token]
-        text = encoding.decode(ids).strip("\ufffd")  # the places may lie amid a character
-        prompts.append(text.partition(" ")[2] or text)  # or amid a word
+        ids = tokens[len(tokens) * i // 3 :][:12].tolist()
+        text = encoding.decode([id for id in ids if id != encoding.eot_token])
+        # the places may lie amid a character or a word
+        prompts.append(text.strip("\ufffd").partition(" ")[2] or text)
     return prompts
 
 
@@ -369,10 +367,9 @@ def eval_only(config, machine):
     path, named = f"{config.out_dir}/best.pt", config.given
     if config.init_from and not os.path.exists(path):
         path, named = config.init_from, config.named
-    name = config.dataset
     if "dataset" not in named:
-        name = open_weights(path).get("config", {}).get("dataset", name)
-    dataset = Dataset(name, config.data_dir)
+        config = config.changed(dataset=open_for(None, path)["config"]["dataset"])
+    dataset = Dataset(config.dataset, config.data_dir)
     split = dataset.split(config.split)
 
     # the weights, with the context that is asked for, in the dtype that they were evaluated in

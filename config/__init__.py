@@ -54,9 +54,7 @@ class Config:
 
     batch_size: int = setting(32, "sequences per step, over all ranks", low=1, group="training")
     micro_batch_size: int = free(0, "sequences per forward pass and rank (0: what fits)", low=0)
-    epochs: int = free(
-        1, "passes over the training tokens (0: to see a million, but at most 20)", low=0
-    )
+    epochs: int = free(1, "passes over the tokens (0: what makes a million, at most 20)", low=0)
     max_steps: int = free(0, "end after this many optimizer steps (0: no limit)", low=0)
     max_hours: float = free(0.0, "end after this many hours, resumes included (0: no limit)", low=0)
     patience: int = free(0, "end after this many evaluations without a best (0: never)", low=0)
@@ -116,10 +114,9 @@ class Config:
 
     @property
     def departs(self):
-        """Whether this is another experiment than the one that the config's docstring speaks of.
-        own.py speaks of any data set."""
-        other = [(name, v) for name, v in self.given.items() if getattr(self, name) != v]
-        return any(name in SPOKEN_OF and (name, v) != ("dataset", "mine") for name, v in other)
+        """Whether the command line makes this another experiment than the docstring speaks of."""
+        other = {item for item in self.given.items() if getattr(self, item[0]) != item[1]}
+        return any(name in SPOKEN_OF for name, _ in other - {("dataset", "mine")})  # own.py's
 
     def changed(self, **values):
         """A copy with these values, of the same name, docstring and named settings."""

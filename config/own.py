@@ -22,7 +22,6 @@ epochs = 0
 patience = 3
 optimizer = "muon"
 learning_rate = 8e-3
-muon_learning_rate = 0.02
 adam_eps = 1e-5
 warmup_steps = 20
 lr_schedule = "trapezoid"

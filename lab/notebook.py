@@ -14,7 +14,7 @@ import warnings
 from urllib.parse import quote
 
 from lab.console import UserError, warn
-from lab.folder import read_bytes, read_json, read_lines, write_whole
+from lab.folder import read_bytes, read_json, read_lines, write_text, write_whole
 
 # the first line of a page, with the SHA-256 of all that follows
 GENERATED = "<!-- Generated: this page is written anew, edit conclusion.md instead. sha256 {} -->"
@@ -30,11 +30,9 @@ def perplexity(value):
 
 
 def perplexities(figures, prefix=""):
-    """An evaluation's perplexities and bits per byte as a phrase; the last first where its text has
-    too few words for a perplexity of them."""
-    ppl, word = (figures[prefix + name] for name in ("ppl", "ppl_word"))
-    token, bits = f"perplexity {perplexity(ppl)} per token", figures[f"{prefix}bits_per_byte"]
-    bits = f"{show(bits)} bits per byte"
+    """Perplexities and bits per byte as a phrase, the latter first where no words are counted."""
+    ppl, word, bits = (figures[prefix + name] for name in ("ppl", "ppl_word", "bits_per_byte"))
+    token, bits = f"perplexity {perplexity(ppl)} per token", f"{show(bits)} bits per byte"
     return f"{token}, {perplexity(word)} per word, {bits}" if word else f"{bits}, {token}"
 
 
@@ -150,7 +148,7 @@ def entry(run):
         f"{run.last['tokens'] / N:.2f} so far, {planned / N:.2f} in the run as planned. "
         f"Chinchilla's ratio is 20: the model has {chinchilla(N, D)}.",
         "## Set-up",
-        *given_part(given_of(run), c),
+        *(given_part(metadata, c) if "given" in metadata else []),  # an earlier version's has none
         f"- Optimizer: {muon if c['optimizer'] == 'muon' else ''}AdamW, lr {c['learning_rate']:g}, "
         f"{c['warmup_steps']} steps of warm-up, then {c['lr_schedule']} to "
         f"{c['min_learning_rate']:g}; betas {c['beta1']:g} and {c['beta2']:g}, epsilon "
@@ -169,36 +167,29 @@ def entry(run):
 
 def opening(run, c):
     """(an entry's title, its question, what was expected), from the question that was given, else
-    from the config's docstring."""
-    doc, given = run.metadata["doc"].strip(), given_of(run)
+    from the config's docstring; that is a quotation where the run departs from it."""
+    doc, file = run.metadata["doc"].strip(), run.metadata.get("file")
     title, _, text = (c.get("question") or doc).strip().partition("\n")
     # indented lines are the arithmetic: blank lines around make them a block of their own
     text = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", text)
     text, _, expected = text.partition("\nExpected: ")
-    if given["departs"] and not c.get("question"):
-        title, expected = f"{run.name}, after {given['file']}", ""
-        quoted = "\n".join(f"> {line}".rstrip() for line in doc.splitlines())
-        text = f"Other settings than those of {given['file']}, which says of itself:\n\n{quoted}"
-    if c["expected_ppl"] and (not expected or "expected_ppl" in given["values"]):
+    if run.metadata.get("departs") and not c.get("question"):
+        title, expected, quoted = f"{run.name}, after {file}", "", doc.replace("\n", "\n> ")
+        text = f"Other settings than those of {file}, which says of itself:\n\n> {quoted}"
+    if c["expected_ppl"] and (not expected or "expected_ppl" in run.metadata.get("given", ())):
         expected = "Validation perplexity {:g} to {:g}".format(*c["expected_ppl"])
     question = text.strip() or title or "(the config says nothing)"
     return title or run.name, question, expected.strip() or "nothing was said of these settings"
 
 
-def given_of(run):
-    """What the command line gave, as run.json has it; of an earlier version's run, nothing."""
-    return run.metadata.get("given") or dict(command="", departs=False, values={})
-
-
-def given_part(given, c):
+def given_part(metadata, c):
     """The entry's paragraphs on the command line and the settings that it changed."""
-    if not given["command"]:
-        return []
     shown = ("out_dir", "resume", "question")  # in the command; the others in a table
-    old = given["values"].items()
+    old = metadata["given"].items()
     rows = [[k, value, c[k]] for k, value in old if value != c[k] and k not in shown]
-    changed = table(["set otherwise", f"in {given['file']}", "here"], rows)
-    return [fenced(given["command"]), changed if rows else f"Settings as in {given['file']}."]
+    changed = table(["set otherwise", f"in {metadata['file']}", "here"], rows)
+    same = f"Settings as in {metadata['file']}."
+    return [fenced(metadata["command"]), changed if rows else same]
 
 
 def results_part(run, c):
@@ -250,15 +241,8 @@ def fenced(text):
 def invite(folder):
     """Lay conclusion.md into a run's folder if there is none. Raises OSError."""
     path = f"{folder}/conclusion.md"
-    if os.path.lexists(path):
-        return
-    words = f"{INVITES}The entry shows this file at its end.)\n".encode()
-    page = read_bytes(f"{folder}/notebook.md")
-    if not page.startswith(b"<!-- Generated"):
-        # an entry of before: the user's words are in it, below its heading
-        _, *below = re.split(rb"(?m)^## Conclusion[ \t\r]*\n+", page, maxsplit=1)
-        words = below[0] if below and written(below[0]) else words
-    write_whole(path, lambda file: file.write(words))
+    if not os.path.lexists(path):
+        write_text(path, f"{INVITES}The entry shows this file at its end.)\n")
 
 
 def written(page):

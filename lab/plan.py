@@ -50,7 +50,8 @@ def how_long(config, model, machine, tokens):
     seconds = tokens * seconds_per_token(model, machine) / machine.world
     limit = 3600 * config.max_hours
     ends = f", and max_hours ends it after {config.max_hours:g}" if 0 < limit < seconds else ""
-    return f"about {duration(seconds)} on this machine{ends}"
+    shown = f"{seconds / 3600:,.0f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} min"
+    return f"about {shown} on this machine{ends}"
 
 
 def seconds_per_token(model, machine):
@@ -61,24 +62,15 @@ def seconds_per_token(model, machine):
     softmaxes over the vocabulary, and as much as 115 logits for each channel of each layer. So the
     estimate was within 1.4 of the time.
     """
-    args = model.args
-    vocab_size, width = args["vocab_size"], min(args["d_model"], 512)  # wider ones are as fast
+    args, times = model.args, []
+    width = min(args["d_model"], 512)  # wider ones are as fast
     x, weight = (torch.randn(n, width).to(machine.dtype) for n in (256, 8192))
-    multiplied = normalised = math.inf
     for _ in range(4):
         began = time.perf_counter()
         logits = x @ weight.t()
         between = time.perf_counter()
         torch.softmax(logits, -1, dtype=torch.float32)
-        normalised = min(normalised, time.perf_counter() - between)
-        multiplied = min(multiplied, between - began)
-    matmuls = model.flops_per_token() * multiplied / (2 * width)
-    others = 3.3 * vocab_size + 115 * args["d_model"] * args["num_layers"]
-    return (matmuls + others * normalised) / logits.numel()
-
-
-def duration(seconds):
-    """A time, rounded to one digit: 9 hours."""
-    units = dict(days=86400, hours=3600, minutes=60, seconds=1)
-    name, unit = next((u for u in units.items() if seconds >= 2 * u[1]), ("seconds", 1))
-    return f"{float(f'{max(seconds / unit, 2):.1g}'):g} {name}"
+        times.append((between - began, time.perf_counter() - between))
+    matmul, softmax = map(min, zip(*times, strict=True))
+    numbers = 3.3 * args["vocab_size"] + 115 * args["d_model"] * args["num_layers"]
+    return (model.flops_per_token() * matmul / (2 * width) + numbers * softmax) / logits.numel()

@@ -24,8 +24,6 @@ from lab.notebook import (
 )
 
 MINE = "It learns.\n\n# Next\n\n[a](b.txt) ![c](<d e.png>)\n\n```\n# a comment\n"
-OLD_MARK = f"<!-- all above is written by the program, all below by you; sha256 {'0' * 64} -->"
-OLD_INVITATION = f"{INVITES}Nothing from this heading on is changed.)"
 
 
 def leave(name, began="2026-11-01 10:00:00", doc="Does it learn?", samples=(), val=(), **figures):
@@ -197,18 +195,6 @@ def test_an_entry_that_somebody_wrote_in_is_kept_each_time(run, capsys):
         assert "out/a/notebook.md.before" in capsys.readouterr().err
     write_entry(run)
     assert "Does it" in text_of(run) and not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words, kept", [(f"{MINE}## Conclusion\n", True), (OLD_INVITATION, False)])
-def test_an_entry_of_before_is_split_once(run, words, kept):
-    old = f"# Old\n\n## Results\n\n{OLD_MARK}\n\n## Conclusion\n\n{words}"
-    (run / "conclusion.md").unlink()
-    (run / "notebook.md").write_text(old)
-    for _ in range(2):
-        write_entry(run)
-        assert (run / "notebook.md.before").read_text() == old
-        assert ((run / "conclusion.md").read_text() == words) == kept
-        assert text_of(run).endswith(f"## Conclusion\n\n{words}") == kept
 
 
 def test_a_kill_between_the_two_files_keeps_both(run, monkeypatch):

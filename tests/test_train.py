@@ -318,9 +318,9 @@ def test_figures_of_another_data_set_s_run_are_taken_on_that_data_set(tiny, caps
 def test_the_plan_says_how_long_it_takes(tiny, capsys, monkeypatch):
     monkeypatch.setattr(plan, "seconds_per_token", lambda model, machine: 10.0)
     for words, says in (
-        ([], "about 20 hours on this machine"),  # 63 steps of 96 tokens
-        (["--max_hours", "3"], "about 20 hours on this machine, and max_hours ends it after 3"),
-        (["--max_steps", "1"], "about 20 minutes on this machine"),
+        ([], "about 17 hours on this machine"),  # 63 steps of 96 tokens
+        (["--max_hours", "3"], "about 17 hours on this machine, and max_hours ends it after 3"),
+        (["--max_steps", "1"], "about 16 min on this machine"),
     ):
         assert train.main([tiny, "--dry_run", *words]) == 0
         assert says + "\n" in capsys.readouterr().out
