@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lab.console import UserError, command, cpu_cores, first_line, progress, run
+from lab.console import ROOT, UserError, command, cpu_cores, first_line, progress, run
 from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, load_tokenizer
 from lab.encode import encode_rows, learn, texts_of
 from lab.folder import Lock
@@ -91,7 +91,7 @@ def check_name(name, options):
     if name in SEPARATORS or options.source or options.hub:
         return
     if prepared:
-        train = command("train.py", "--dataset", name)
+        train = command("train.py", ROOT / "config/own.py", "--dataset", name)
         raise UserError(f"{folder} is prepared; `{train}` trains on it, {own} --force` replaces it")
     known = ", ".join(SEPARATORS)
     raise UserError(f"unknown data set {name}; there are {known}, or your own text: {own}`")

@@ -22,8 +22,9 @@ from lab.evaluate import evaluate, figures_text
 from lab.folder import Folder, load_checkpoint
 from lab.generate import continue_texts
 from lab.machine import open_machine
-from lab.notebook import chinchilla, invite, perplexity, verdict, write_entry
+from lab.notebook import invite, perplexity, verdict, write_entry
 from lab.optimizer import warmup_of
+from lab.plan import plan_text
 from lab.state import State
 from lab.trainer import Trainer, micro_batch_size
 from lab.weights import build_model, open_for, settle, settle_dtype, with_context
@@ -41,17 +42,17 @@ def main(argv=None):
             return eval_only(config, machine)
         quiet = machine.rank > 0
         with stop_signals(quiet) as stop, Folder(config.out_dir, machine) as folder:
-            return train(config, machine, folder, stop, resume_command(argv, machine))
+            return train(config, machine, folder, stop, command_of(argv, machine))
 
 
-def resume_command(argv, machine):
-    """The command that goes on with this run."""
+def command_of(argv, machine):
+    """The command that begins this run; with --resume it goes on with it."""
     words = [word for word in argv if word != "--resume"]
     processes = machine.local_world if machine.world > 1 else 1
-    return command("train.py", *words, "--resume", processes=processes)
+    return command("train.py", *words, processes=processes)
 
 
-def train(config, machine, folder, stop, resume_command):
+def train(config, machine, folder, stop, this_command):
     """Run a config to its end or to a signal. Returns the process's exit code.
 
     stop: a list that is empty until a signal comes. Raises UserError before the first step for
@@ -72,7 +73,7 @@ def train(config, machine, folder, stop, resume_command):
     machine.say(plan_text(config, machine, dataset, planned, batches, total_steps))
     if config.dry_run:
         return 0
-    if config.sample_prompts:
+    if config.sample_prompts != ():
         # if the tokenizer is not to be had, then here and not hours later
         machine.from_rank_0(lambda: bool(dataset.encoding()))
     model = build_model(config, machine, planned, splits["train"].tokens)
@@ -80,6 +81,7 @@ def train(config, machine, folder, stop, resume_command):
         model.load_state_dict(weights)
 
     # what to go on from
+    resume_command = f"{this_command} --resume"
     checkpoint, finished = machine.from_rank_0(lambda: folder.open(config, hashes, resume_command))
     state = State(config, batches, total_steps)
     if checkpoint:
@@ -90,42 +92,13 @@ def train(config, machine, folder, stop, resume_command):
         return 0
     trainer = Trainer(config, machine, model, batches, total_steps)
     if checkpoint:
+        tell_learning_rate(checkpoint, trainer, state)
         trainer.load_state_dict(checkpoint)
     del checkpoint, weights  # or their copies of the weights would stay
-    folder.begin(state, describe(config, dataset, model, batches, total_steps))
+    metadata = describe(config, dataset, model, batches, total_steps)
+    folder.begin(state, metadata | dict(command=this_command))
     folder.write("conclusion.md", lambda: invite(folder.path))
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
-
-
-def plan_text(config, machine, dataset, model, batches, total_steps):
-    """What is about to be trained, as text: the true counts, the data, Chinchilla's ratio, steps,
-    FLOPs, memory."""
-    n, flops, tokens = model.count(), model.flops_per_token(), len(batches.tokens)
-    step_tokens, run_tokens = batches.step_tokens, total_steps * batches.step_tokens
-    micro = micro_batch_size(config, model, machine)
-    memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
-    source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
-    lines = {
-        "run": f"{config.out_dir} on {machine}",
-        "weights": f"initialised {source}",
-        "parameters": f"{n['total']:,}: embeddings {n['embeddings']:,}, head bias "
-        f"{n['head_bias']:,}, blocks {n['blocks']:,}",
-        "data": f"{config.dataset}: {tokens:,} training tokens, "
-        f"{dataset.counts['val'].tokens:,} validation tokens",
-        "vocabulary": f"{dataset.vocab_size:,} tokens ({dataset.tokenizer}) of "
-        f"{dataset.bytes_per_token():.2f} bytes, "
-        f"{model.vocabulary_share():.0%} of the parameters",
-        "ratio": f"{tokens / n['total']:.2f} tokens per parameter in an epoch, "
-        f"{run_tokens / n['total']:.2f} in the run",
-        "": f"{chinchilla(n['total'], tokens)} (20 tokens per parameter)",
-        "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = "
-        f"{step_tokens:,} tokens, {batches.windows / config.batch_size:,.1f} per epoch, "
-        f"{warmup_of(config, total_steps)} of warm-up, {micro} sequences per forward pass",
-        "compute": f"{flops:,} FLOPs per token, {flops * step_tokens:.3g} per step, "
-        f"{flops * run_tokens:.3g} in the run",
-        "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves",
-    }
-    return "\n".join(f"{name:10}  {line}" for name, line in lines.items())
 
 
 def describe(config, dataset, model, batches, total_steps):
@@ -133,6 +106,9 @@ def describe(config, dataset, model, batches, total_steps):
     return dict(
         name=config.name,
         doc=config.doc,
+        file=config.file,
+        given=config.given,
+        departs=config.departs,
         config=config.plain() | {"warmup_steps": warmup_of(config, total_steps)},
         steps=total_steps,
         step_tokens=batches.step_tokens,
@@ -146,6 +122,28 @@ def describe(config, dataset, model, batches, total_steps):
             splits={split: vars(counts) for split, counts in dataset.counts.items()},
         ),
     )
+
+
+def tell_learning_rate(checkpoint, trainer, state):
+    """Say it if the run's length is now another, and its learning rate higher than it was left."""
+    was, now = checkpoint["optimizers"][0]["param_groups"][0]["lr"], trainer.lr(state.step)
+    if trainer.lr(max(0, state.step - 1)) > was:
+        trainer.machine.say(
+            f"the learning rate goes back up, from {was:.2e} to {now:.2e}, since its schedule is "
+            f"now {state.total_steps:,} steps long; where it is not to, begin another run with all "
+            "its steps, or with --lr_schedule constant"
+        )
+
+
+def prompts_from(tokens, encoding):
+    """Three texts of a few words from evenly spread places of a split's tokens (n,) uint16."""
+    prompts = []
+    for i in range(3):
+        ids = tokens[len(tokens) * i // 3 :][:12].tolist()
+        text = encoding.decode([id for id in ids if id != encoding.eot_token])
+        # the places may lie amid a character or a word
+        prompts.append(text.strip("\ufffd").partition(" ")[2] or text)
+    return prompts
 
 
 class Run:
@@ -306,10 +304,13 @@ class Run:
 
     def samples(self):
         """{"samples": [[prompt, continuation]]} of sample_prompts, on rank 0."""
-        prompts, separator = self.config.sample_prompts, self.dataset.separator
-        if self.machine.rank > 0 or not prompts:
+        prompts, dataset = self.config.sample_prompts, self.dataset
+        if self.machine.rank > 0 or prompts == ():
             return {}
-        args = self.trainer.model, self.dataset.encoding(), prompts, separator, SAMPLE_TOKENS
+        encoding = dataset.encoding()
+        if prompts is None:
+            prompts = prompts_from(dataset.split("val").tokens, encoding)
+        args = self.trainer.model, encoding, prompts, dataset.separator, SAMPLE_TOKENS
         return {"samples": continue_texts(*args)}
 
     def last_figures(self):
@@ -356,18 +357,21 @@ class Run:
 
 
 def eval_only(config, machine):
-    """Print the figures, on a split, of the best checkpoint in out_dir; of init_from's weights
-    where there is none. Raises UserError."""
-    path = f"{config.out_dir}/best.pt"
+    """Print the figures, on a split, of the best checkpoint in out_dir, on its data set and in its
+    context if the command line names no other; of init_from's weights where there is none. Raises
+    UserError."""
+    path, named = f"{config.out_dir}/best.pt", config.given
     if config.init_from and not os.path.exists(path):
-        path = config.init_from
+        path, named = config.init_from, config.named
+    if "dataset" not in named:
+        config = config.changed(dataset=open_for(None, path)["config"]["dataset"])
     dataset = Dataset(config.dataset, config.data_dir)
     split = dataset.split(config.split)
 
     # the weights, with the context that is asked for, in the dtype that they were evaluated in
     checkpoint = open_for(dataset, path)
     args = checkpoint["model_args"]
-    context = config.max_seq_len if "max_seq_len" in config.named else args["max_seq_len"]
+    context = config.max_seq_len if "max_seq_len" in named else args["max_seq_len"]
     model = LanguageModel.from_checkpoint(with_context(checkpoint, context)).to(machine.device)
     config = config.changed(**{name: args[name] for name in ("d_model", "d_ff")})
     old = checkpoint.get("config", {}).get("dtype")

@@ -19,6 +19,12 @@ from lab.settings import check, fields_of, setting, show_help, split_words
 
 free = partial(setting, free=True)  # a resumed run may have another value
 
+# What a config's docstring speaks of. A run with others of these is not the experiment it names.
+SPOKEN_OF = (
+    "dataset max_seq_len d_model num_heads d_ff num_layers dropout block head_bias unigram_bias "
+    "init_from batch_size epochs max_steps max_hours"
+).split()
+
 
 @dataclass
 class Config:
@@ -26,8 +32,10 @@ class Config:
     Those that are `free` extend a run or steer the machine; the others make the experiment."""
 
     name: ClassVar[str] = ""  # the config file's, without .py
+    file: ClassVar[str] = ""  # its path, as the command line has it
     doc: ClassVar[str] = ""  # its docstring: the question, and what is expected
     named: ClassVar[frozenset] = frozenset()  # the settings that it or the command line names
+    given: ClassVar[dict] = {}  # what the command line names: {name: the file's value}
 
     dataset: str = setting("wikitext-103", "folder in data_dir that prepare.py wrote", group="data")
     data_dir: str = free("data", "where the data sets lie", path=True)
@@ -46,7 +54,7 @@ class Config:
 
     batch_size: int = setting(32, "sequences per step, over all ranks", low=1, group="training")
     micro_batch_size: int = free(0, "sequences per forward pass and rank (0: what fits)", low=0)
-    epochs: int = free(1, "passes over the training tokens", low=1)
+    epochs: int = free(1, "passes over the tokens (0: what makes a million, at most 20)", low=0)
     max_steps: int = free(0, "end after this many optimizer steps (0: no limit)", low=0)
     max_hours: float = free(0.0, "end after this many hours, resumes included (0: no limit)", low=0)
     patience: int = free(0, "end after this many evaluations without a best (0: never)", low=0)
@@ -91,10 +99,10 @@ class Config:
     eval_stride: int = free(0, "--eval_only: also with windows this many tokens apart", low=0)
     dry_run: bool = free(False, "print the plan and stop")
 
-    sample_prompts: tuple = free(
+    question: str = free("", "what this run asks, instead of its config's", group="notebook")
+    sample_prompts: tuple | None = free(
         ("The history of India is", "In mathematics,", "The cat sat on the"),
-        "texts that the model continues at each new best, for the entry; (): none",
-        group="notebook",
+        "what each new best continues, for the entry (None: the validation text; (): nothing)",
     )
     expected_ppl: tuple = free((), "expected validation perplexity per token: (low, high)")
     recorded_ppl: float = free(0.0, "what the original notebook recorded (0: nothing)", low=0)
@@ -103,6 +111,12 @@ class Config:
         """What LanguageModel is made with."""
         names = "max_seq_len d_model num_heads d_ff num_layers dropout block head_bias".split()
         return dict(vocab_size=vocab_size) | {name: getattr(self, name) for name in names}
+
+    @property
+    def departs(self):
+        """Whether the command line makes this another experiment than the docstring speaks of."""
+        other = {item for item in self.given.items() if getattr(self, item[0]) != item[1]}
+        return any(name in SPOKEN_OF for name, _ in other - {("dataset", "mine")})  # own.py's
 
     def changed(self, **values):
         """A copy with these values, of the same name, docstring and named settings."""
@@ -163,7 +177,7 @@ class Config:
             ),
             (
                 "sample_prompts",
-                not all(isinstance(prompt, str) for prompt in c.sample_prompts),
+                not all(isinstance(prompt, str) for prompt in c.sample_prompts or ()),
                 f"sample_prompts is a tuple of texts, not {c.sample_prompts}",
             ),
             (
@@ -222,10 +236,12 @@ def load_grid(argv, script, cls, lists=()):
     have several values with commas between them: a Config for each combination, those that differ
     in the last one next to each other. Raises UserError with the problems of all in one line."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        more = ",value" if lists else ""
-        show_help(cls, f"python {script} config/NAME.py [--setting value{more} ...]")
-    alone, over, problems = split_words(cls, argv, lists)
+    more = ",value" if lists else ""
+    asked = [word for word in argv if word not in ("--help", "-h")]
+    alone, over, problems = split_words(cls, asked, lists)
+    if asked != list(argv):
+        file = check(cls, read_config(alone[0])[0])[0] if alone else cls()
+        show_help(file, f"python {script} config/NAME.py [--setting value{more} ...]")
     if not alone:
         small = command(script, ROOT / "config/demo.py")
         problems = problems or [f"no config given; `{small}` runs the small one"]
@@ -234,7 +250,7 @@ def load_grid(argv, script, cls, lists=()):
     problems += [f"{word} is neither a setting nor its value" for word in extra]
     values, doc = read_config(path)
     choices = [value if name in lists else [value] for name, value in over.items()]
-    configs = []
+    of_file, configs = check(cls, values)[0], []
     for chosen in itertools.product(*choices):
         values |= dict(zip(over, chosen, strict=True))
         config, wrong, right = check(cls, values)
@@ -245,6 +261,11 @@ def load_grid(argv, script, cls, lists=()):
                 problems.append(phrase)
         config.named = frozenset(values)
         config.name, config.doc = os.path.splitext(os.path.basename(path))[0], doc
+        config.file = path
+        config.given = {name: getattr(of_file, name) for name in over if name in right}
+        for name in ("expected_ppl", "recorded_ppl"):
+            if config.departs and name not in over:  # it was said of the experiment of the file
+                setattr(config, name, getattr(cls, name))
         config.out_dir = config.out_dir or os.path.join("out", config.name)
         configs.append(config)
     if problems:

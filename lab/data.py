@@ -235,5 +235,6 @@ def batches_of(config, train):
             "prepare more text, or use a smaller --max_seq_len"
         )
     batches = Batches(tokens, context, config.batch_size, config.seed)
-    steps = batches.epoch_end(config.epochs)
+    epochs = config.epochs or min(20, math.ceil(1e6 / len(tokens)))
+    steps = batches.epoch_end(epochs)
     return batches, min(steps, config.max_steps) if config.max_steps else steps

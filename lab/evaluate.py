@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lab.console import progress
-from lab.notebook import perplexity
+from lab.notebook import perplexities
 
 
 def spans(predicted, context, stride):
@@ -38,8 +38,8 @@ def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
     split: a Split. rows: windows in a forward pass. stride: how far windows of the model's context
     move; 0 is their length, without overlap. Returns None if stopped() on any rank, else a dict:
     loss (nats per token; nan or inf if the model gives that), its standard error `stderr` (over
-    windows, since a window's tokens are not independent), ppl (per token), ppl_word, bits_per_byte,
-    and the tokens, words, bytes, context and stride that they are over.
+    windows, since a window's tokens are not independent), ppl (per token), ppl_word (None but for
+    prose), bits_per_byte, and the tokens, words, bytes, context and stride that they are over.
     """
     was_training, context = model.training, model.args["max_seq_len"]
     model.eval()
@@ -72,13 +72,14 @@ def figures_of(nats, n, squares, products, lengths, k, split):
     """The figures of k windows. nats and n are the sums of their losses and tokens; squares,
     products and lengths those of nats * nats, nats * n and n * n."""
     loss = nats / n
+    is_prose = split.bytes < 8 * split.words  # a word has 6 in English, 7 in German, 9 in code
     # of windows around the loss times their length; max() keeps a nan that comes first
     spread = max(squares - 2 * loss * products + loss * loss * lengths, 0.0)
     return {
         "loss": loss,
         "stderr": math.sqrt(spread * k / (k - 1)) / n if k > 1 else None,
         "ppl": math.exp(min(loss, 700)),
-        "ppl_word": math.exp(min(nats / split.words, 700)),
+        "ppl_word": math.exp(min(nats / split.words, 700)) if is_prose else None,
         "bits_per_byte": nats / split.bytes / math.log(2),
         "tokens": int(n),
         "words": split.words,
@@ -90,9 +91,8 @@ def figures_text(split, figures, separator):
     """Figures as the two lines that a user reads, with the text that they are over."""
     error = f" ± {figures['stderr']:.4f}" if figures["stderr"] is not None else ""
     return (
-        f"{split:11} loss {figures['loss']:.4f}{error} nats per token, perplexity "
-        f"{perplexity(figures['ppl'])} per token, {perplexity(figures['ppl_word'])} per word, "
-        f"{figures['bits_per_byte']:.4f} bits per byte\n{'':11} over {figures['tokens']:,} tokens, "
+        f"{split:11} loss {figures['loss']:.4f}{error} nats per token, "
+        f"{perplexities(figures)}\n{'':11} over {figures['tokens']:,} tokens, "
         f"{figures['words']:,} words, {figures['bytes']:,} bytes; context {figures['context']}, "
         f"stride {figures['stride']}, separator {separator}"
     )

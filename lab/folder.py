@@ -1,8 +1,9 @@
 """A run's folder: what the run writes there, by rank 0, and what it goes on from.
 
-out/NAME/last.pt is all that a restart needs, prev.pt the checkpoint before, best.pt the weights
-that evaluated best. Checkpoints hold tensors, dicts, lists, strings and numbers only, and reading
-one executes nothing. torch is imported where one is read or written: report.py needs none.
+out/NAME/last.pt is all that a restart needs, prev.pt the checkpoint before (of a run that has
+not finished), best.pt the weights that evaluated best. Checkpoints hold tensors, dicts, lists,
+strings and numbers only, and reading one executes nothing. torch is imported where one is read or
+written: report.py needs none.
 """
 
 import contextlib
@@ -369,10 +370,15 @@ class Folder:
         return not self.machine.reduce(not written)[0]
 
     def finish(self, state, final):
-        """Write the last figures, a dict. Returns whether all of the run is on the disk."""
+        """Write the last figures, a dict. Returns whether all of the run is on the disk; then it
+        needs no prev.pt any more."""
         text = json.dumps(final) + "\n"
         written = not final or self.write(self.final, lambda: write_text(self.final, text))
-        return written and self.saved == (state.step, state.evaluated_step)
+        whole = written and self.saved == (state.step, state.evaluated_step)
+        if whole and self.machine.rank == 0:
+            with contextlib.suppress(OSError):
+                os.remove(self.prev)
+        return whole
 
 
 def differences(config, hashes, checkpoint):

@@ -42,7 +42,8 @@ class Machine:
         lines = info.read_text().splitlines() if info.exists() else []
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = names[0] if names else platform.processor() or platform.machine()
-        return f"{torch.get_num_threads()} cores of {name}"
+        cores = torch.get_num_threads()
+        return f"{cores} core{'s' * (cores > 1)} of {name}"
 
     def memory(self):
         """Bytes that this process can count on: its GPU's, or its share of the computer's."""

@@ -14,7 +14,7 @@ import warnings
 from urllib.parse import quote
 
 from lab.console import UserError, warn
-from lab.folder import read_bytes, read_json, read_lines, write_whole
+from lab.folder import read_bytes, read_json, read_lines, write_text, write_whole
 
 # the first line of a page, with the SHA-256 of all that follows
 GENERATED = "<!-- Generated: this page is written anew, edit conclusion.md instead. sha256 {} -->"
@@ -27,6 +27,13 @@ SHAPE = "max_seq_len d_model num_heads d_ff num_layers dropout block head_bias u
 def perplexity(value):
     """A perplexity: 46.33, and from a million on 6.6e10."""
     return f"{value:,.2f}" if value is not None and value < 1e6 else show(value)
+
+
+def perplexities(figures, prefix=""):
+    """Perplexities and bits per byte as a phrase, the latter first where no words are counted."""
+    ppl, word, bits = (figures[prefix + name] for name in ("ppl", "ppl_word", "bits_per_byte"))
+    token, bits = f"perplexity {perplexity(ppl)} per token", f"{show(bits)} bits per byte"
+    return f"{token}, {perplexity(word)} per word, {bits}" if word else f"{bits}, {token}"
 
 
 def show(value):
@@ -113,9 +120,7 @@ def write_entry(folder):
 def entry(run):
     """A run's notebook entry, Markdown."""
     metadata, c = run.metadata, run.metadata["config"]
-    title, _, question = metadata["doc"].strip().partition("\n")
-    # indented lines are the arithmetic: blank lines around make them a block of their own
-    question = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", question).strip()
+    title, question, expected = opening(run, c)
 
     # the figures of its parts
     n, data, names = metadata["parameters"], metadata["data"], ("tokens", "words", "bytes")
@@ -124,14 +129,13 @@ def entry(run):
     N, D = n["total"], data["splits"]["train"]["tokens"]
     planned = metadata["steps"] * metadata["step_tokens"]
     muon = f"Muon for the blocks' matrices, lr {c['muon_learning_rate']:g}, and "
-    expected = c["expected_ppl"] and "Validation perplexity {:g} to {:g}".format(*c["expected_ppl"])
     words = written(read_bytes(f"{run.folder}/conclusion.md"))
     not_yet = [f"No evaluation yet, step {run.last['step']:,}."]
 
     paragraphs = [
-        f"# {title or metadata['name']} - {metadata['began'][:10]}",
+        f"# {title} - {metadata['began'][:10]}",
         "## What we're doing",
-        question or "(the config says nothing)",
+        question,
         "## Model",
         table(["setting", "value"], [["vocab_size", show(metadata["vocab_size"])], *settings]),
         f"**Parameters: {N:,}** (embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, "
@@ -144,6 +148,7 @@ def entry(run):
         f"{run.last['tokens'] / N:.2f} so far, {planned / N:.2f} in the run as planned. "
         f"Chinchilla's ratio is 20: the model has {chinchilla(N, D)}.",
         "## Set-up",
+        *(given_part(metadata, c) if "given" in metadata else []),  # an earlier version's has none
         f"- Optimizer: {muon if c['optimizer'] == 'muon' else ''}AdamW, lr {c['learning_rate']:g}, "
         f"{c['warmup_steps']} steps of warm-up, then {c['lr_schedule']} to "
         f"{c['min_learning_rate']:g}; betas {c['beta1']:g} and {c['beta2']:g}, epsilon "
@@ -152,12 +157,39 @@ def entry(run):
         f"step; {metadata['steps']:,} steps, {planned / D:.2f} epochs; seed {c['seed']}\n"
         f"- Machine: {metadata['machine']}; {metadata['versions']}; commit {metadata['commit']}",
         "## Expected",
-        expected or "no figure given",
+        expected,
         "## Results",
         *(results_part(run, c) if run.evaluations else not_yet),
         *(["## Conclusion", words] if words else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def opening(run, c):
+    """(an entry's title, its question, what was expected), from the question that was given, else
+    from the config's docstring; that is a quotation where the run departs from it."""
+    doc, file = run.metadata["doc"].strip(), run.metadata.get("file")
+    title, _, text = (c.get("question") or doc).strip().partition("\n")
+    # indented lines are the arithmetic: blank lines around make them a block of their own
+    text = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", text)
+    text, _, expected = text.partition("\nExpected: ")
+    if run.metadata.get("departs") and not c.get("question"):
+        title, expected, quoted = f"{run.name}, after {file}", "", doc.replace("\n", "\n> ")
+        text = f"Other settings than those of {file}, which says of itself:\n\n> {quoted}"
+    if c["expected_ppl"] and (not expected or "expected_ppl" in run.metadata.get("given", ())):
+        expected = "Validation perplexity {:g} to {:g}".format(*c["expected_ppl"])
+    question = text.strip() or title or "(the config says nothing)"
+    return title or run.name, question, expected.strip() or "nothing was said of these settings"
+
+
+def given_part(metadata, c):
+    """The entry's paragraphs on the command line and the settings that it changed."""
+    shown = ("out_dir", "resume", "question")  # in the command; the others in a table
+    old = metadata["given"].items()
+    rows = [[k, value, c[k]] for k, value in old if value != c[k] and k not in shown]
+    changed = table(["set otherwise", f"in {metadata['file']}", "here"], rows)
+    same = f"Settings as in {metadata['file']}."
+    return [fenced(metadata["command"]), changed if rows else same]
 
 
 def results_part(run, c):
@@ -171,9 +203,8 @@ def results_part(run, c):
     paragraphs = [
         evaluations_table(run.evaluations),
         "![loss](curve.png)",
-        f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, perplexity "
-        f"{perplexity(best['val_ppl'])} per token, {perplexity(best['val_ppl_word'])} per word, "
-        f"{show(best['val_bits_per_byte'])} bits per byte.**",
+        f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, "
+        f"{perplexities(best, 'val_')}.**",
         final and table(["at the best", *run.final["val"]], final),
         met and "Expected {:g} to {:g}: {}.".format(*c["expected_ppl"], met),
         c["recorded_ppl"] and f"The original notebook recorded {c['recorded_ppl']:g}.",
@@ -210,15 +241,8 @@ def fenced(text):
 def invite(folder):
     """Lay conclusion.md into a run's folder if there is none. Raises OSError."""
     path = f"{folder}/conclusion.md"
-    if os.path.lexists(path):
-        return
-    words = f"{INVITES}The entry shows this file at its end.)\n".encode()
-    page = read_bytes(f"{folder}/notebook.md")
-    if not page.startswith(b"<!-- Generated"):
-        # an entry of before: the user's words are in it, below its heading
-        _, *below = re.split(rb"(?m)^## Conclusion[ \t\r]*\n+", page, maxsplit=1)
-        words = below[0] if below and written(below[0]) else words
-    write_whole(path, lambda file: file.write(words))
+    if not os.path.lexists(path):
+        write_text(path, f"{INVITES}The entry shows this file at its end.)\n")
 
 
 def written(page):

@@ -146,18 +146,19 @@ def split_words(cls, argv, lists=()):
     return alone, values, problems
 
 
-def show_help(cls, usage):
-    """Print a command's usage and every setting of cls with its default and reason; exit 0."""
+def show_help(defaults, usage):
+    """Print a command's usage and every setting with its reason and its value in defaults, an
+    instance of a dataclass; exit 0."""
     print(
         f"usage: {usage}\n\nSettings, with their defaults; a bare --setting of type bool is True:"
     )
-    own = cls.__annotations__  # a command's own settings come before those of a run
-    for name, field in sorted(fields_of(cls).items(), key=lambda item: item[0] not in own):
+    own = type(defaults).__annotations__  # a command's own come before those of a run
+    for name, field in sorted(fields_of(defaults).items(), key=lambda item: item[0] not in own):
         if field.metadata["group"]:
             print(f"\n{field.metadata['group']}")
         choices = field.metadata["choices"]
         chosen = f" [{' | '.join(choices)}]" if choices else ""
-        print(f"  --{name} {field.default!r}\n        {field.metadata['help']}{chosen}")
+        print(f"  --{name} {getattr(defaults, name)!r}\n        {field.metadata['help']}{chosen}")
     sys.exit(0)
 
 
@@ -170,7 +171,7 @@ def command_line(cls, argv, usage, words=0):
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        show_help(cls, usage)
+        show_help(cls(), usage)
     alone, values, problems = split_words(cls, argv)
     options, wrong, _ = check(cls, values)
     extra = [] if words is None else alone[words:]

@@ -38,9 +38,9 @@ def test_values_are_taken_as_they_are_meant(tmp_path):
         "expected_ppl = [35, 42]\ncompile = 1\n"
         "data_dir = '~/data'\nd_ff = int(math.pow(2, 5))\ndef helper(): pass\n"
     )
-    words = ["--max_steps", "1e3", "--out_dir=~/out", "--sample_prompts", "['a', 'b']"]
+    words = ["--log_interval", "1e3", "--out_dir=~/out", "--sample_prompts", "['a', 'b']"]
     c = loaded(tmp_path, text, *words)
-    assert (c.d_model, c.d_ff, c.max_steps) == (64, 32, 1000) and isinstance(c.d_model, int)
+    assert (c.d_model, c.d_ff, c.log_interval) == (64, 32, 1000) and isinstance(c.d_model, int)
     assert c.compile is True and c.expected_ppl == (35, 42) and c.sample_prompts == ("a", "b")
     assert (c.data_dir, c.out_dir) == (f"{Path.home()}/data", f"{Path.home()}/out")
     for word, value in (("no", False), ("0", False), ("on", True), ("1", True), ("FALSE", False)):
@@ -128,6 +128,13 @@ def test_help_shows_every_setting_with_its_reason_and_its_own_first(capsys):
     for field in dataclasses.fields(Config):
         assert f"--{field.name} " in shown and field.metadata["help"] in shown
     assert shown.index("--steps ") < shown.index("\ndata\n") < shown.index("\ntraining\n")
+
+
+def test_help_for_a_config_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        load_config([str(ROOT / "config/exp5.py"), "--help"])
+    shown = capsys.readouterr().out
+    assert "--patience 5\n" in shown and "--max_hours 12.0\n" in shown and "--seed 0\n" in shown
 
 
 NOTEBOOK = {  # dataset, batch, epochs, learning rate, dropout, recorded

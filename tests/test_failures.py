@@ -2,12 +2,14 @@
 that are none."""
 
 import copy
+import itertools
 import json
 import math
 import os
 import random
 import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from helpers import (
     ROOT,
     VOCAB,
     assert_the_same_run,
+    before_each_pass,
     forbid,
     kill_at_random,
     limited,
@@ -39,6 +42,21 @@ def done(tiny):
     """tiny, with a finished run of six steps in out/done."""
     words = [tiny, *"--max_steps 6 --save_interval 3 --out_dir out/done".split()]
     assert train.main(words) == 0
+    return tiny
+
+
+@pytest.fixture
+def stopped(tiny):
+    """tiny, with a run in out/done that was stopped after step 6 and was saved at 3, too."""
+    passes = itertools.count(1)
+
+    def stop(training):
+        if next(passes) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with before_each_pass(stop):
+        words = [tiny, *"--max_steps 9 --save_interval 3 --out_dir out/done".split()]
+        assert train.main(words) == 1
     return tiny
 
 
@@ -104,8 +122,8 @@ def test_last_figures_that_cannot_be_removed_are_one_line(done):
 
 
 @pytest.mark.parametrize("how", ["truncated", "bits flipped", "gone"])
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(done, capsys, how):
-    options = [done, *"--max_steps 9 --save_interval 3 --resume".split()]
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(stopped, capsys, how):
+    options = [stopped, *"--max_steps 9 --save_interval 3 --resume".split()]
     shutil.copytree("out/done", "out/whole")
     path = Path("out/done/last.pt")
     assert train.main([*options, "--out_dir", "out/whole"]) == 0

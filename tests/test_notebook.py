@@ -10,11 +10,20 @@ import train
 from config import Config
 from lab import notebook
 from lab.console import UserError
-from lab.notebook import INVITES, SavedRun, entry, perplexity, show, verdict, write_entry
+from lab.data import Split
+from lab.evaluate import figures_of
+from lab.notebook import (
+    INVITES,
+    SavedRun,
+    entry,
+    perplexities,
+    perplexity,
+    show,
+    verdict,
+    write_entry,
+)
 
 MINE = "It learns.\n\n# Next\n\n[a](b.txt) ![c](<d e.png>)\n\n```\n# a comment\n"
-OLD_MARK = f"<!-- all above is written by the program, all below by you; sha256 {'0' * 64} -->"
-OLD_INVITATION = f"{INVITES}Nothing from this heading on is changed.)"
 
 
 def leave(name, began="2026-11-01 10:00:00", doc="Does it learn?", samples=(), val=(), **figures):
@@ -84,13 +93,60 @@ def test_a_figure_that_is_not_finite_is_shown_all_the_same(value):
     assert verdict((1.0, 2.0), value) == "not met"
 
 
+def test_a_perplexity_per_word_is_shown_where_there_are_words_enough():
+    sums = 200.0, 100, 500.0, 400.0, 1000, 10
+    for words, order in (60, ["token", "word", "byte"]), (45, ["byte", "token"]):
+        shown = perplexities(figures_of(*sums, Split(None, words, 400)))
+        assert re.findall(r"per (token|word|byte)", shown) == order
+
+
 # --- the entry
 
 
 def test_a_docstrings_arithmetic_is_a_block_of_its_own(in_tmp):
     run = leave("a", doc="Title\n\nQuestion: why?\n    2 x 2 = 4\n    2 + 2 = 4\nExpected: 4")
-    block = "Question: why?\n\n    2 x 2 = 4\n    2 + 2 = 4\n\nExpected: 4\n\n## Model"
-    assert block in entry(SavedRun(run))
+    block = "Question: why?\n\n    2 x 2 = 4\n    2 + 2 = 4\n\n## Model"
+    assert block in entry(SavedRun(run)) and "## Expected\n\n4\n" in entry(SavedRun(run))
+
+
+SAYS = '"""Tiny: why?\n\nQuestion: how?\nExpected: a loss of 4.\n"""\nmax_steps = 6\n'
+EXPECTS = "expected_ppl = (1, 1e9)\nrecorded_ppl = 65.71\n"
+
+
+@pytest.mark.parametrize(
+    "words, title, question, row, expected, judged",
+    [
+        ("", "Tiny: why?", "Question: how?", "Settings as in tiny.py", "a loss of 4.", True),
+        ("--seed 1", "Tiny: why?", "Question: how?", "| seed | 0 | 1 |", "a loss of 4.", True),
+        (
+            "--max_steps 7",
+            "run, after tiny.py",
+            "> Question: how?",
+            "| max_steps | 6 | 7 |",
+            "nothing was said",
+            False,
+        ),
+        ("--question Who", "Who", "Who", "Settings as", "Validation perplexity 1 to 1e", True),
+        (
+            "--max_steps 7 --expected_ppl 2,1e8",
+            "run, after tiny.py",
+            "> Question: how?",
+            "| max_steps | 6 | 7 |",
+            "Validation perplexity 2 to 1e",
+            True,
+        ),
+    ],
+)
+def test_an_entry_says_what_was_run(tiny, capsys, words, title, question, row, expected, judged):
+    Path(tiny).write_text(SAYS + Path(tiny).read_text() + EXPECTS)
+    assert train.main([tiny, *words.split(), "--out_dir", "out/run"]) == 0
+    text, shown = text_of(Path("out/run")), capsys.readouterr().out
+    assert text.startswith(f"# {title} - ") and f"\n{row}" in text
+    assert question in text.partition("## Model")[0].splitlines()
+    assert f"## Expected\n\n{expected}" in text
+    assert f"train.py tiny.py {words + ' ' * bool(words)}--out_dir out/run\n" in text
+    assert (": met" in text) == (": met" in shown) == judged
+    assert ("65.71" in text) == ("65.71" in shown) == (words[:11] != "--max_steps")
 
 
 def test_an_evaluation_without_figures_is_in_the_entry(in_tmp):
@@ -139,18 +195,6 @@ def test_an_entry_that_somebody_wrote_in_is_kept_each_time(run, capsys):
         assert "out/a/notebook.md.before" in capsys.readouterr().err
     write_entry(run)
     assert "Does it" in text_of(run) and not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words, kept", [(f"{MINE}## Conclusion\n", True), (OLD_INVITATION, False)])
-def test_an_entry_of_before_is_split_once(run, words, kept):
-    old = f"# Old\n\n## Results\n\n{OLD_MARK}\n\n## Conclusion\n\n{words}"
-    (run / "conclusion.md").unlink()
-    (run / "notebook.md").write_text(old)
-    for _ in range(2):
-        write_entry(run)
-        assert (run / "notebook.md.before").read_text() == old
-        assert ((run / "conclusion.md").read_text() == words) == kept
-        assert text_of(run).endswith(f"## Conclusion\n\n{words}") == kept
 
 
 def test_a_kill_between_the_two_files_keeps_both(run, monkeypatch):

@@ -27,6 +27,7 @@ from helpers import (
     assert_the_same_run,
     before_each_pass,
     limited,
+    load_tokens,
     make_dataset,
     metrics,
     near,
@@ -38,11 +39,13 @@ from helpers import (
 
 import report
 import train
-from config import load_config
+from config import Config, load_config
+from lab import plan
 from lab.console import UserError
-from lab.data import Batches
+from lab.data import Batches, Split, batches_of, load_tokenizer
 from lab.folder import Lock, load_checkpoint
 from lab.weights import new_model
+from model import LanguageModel
 
 # Embeddings of 0.02 make a logit's standard deviation 0.02 * 8**0.5, and in a mean over 96 targets
 # a tenth of that: the first loss is within five of those of what the head's bias alone gives.
@@ -119,6 +122,24 @@ def test_both_optimizers_follow_the_schedule(tiny):
     assert rates[0] == rates[4] > rates[-1] > 0  # warm-up is a tenth of the steps at most
 
 
+def test_own_text_is_seen_a_million_times_and_speaks_for_itself(tiny):
+    """epochs and prompts follow from the text; own.py is the config whose data set is anybody's."""
+    os.rename("data/tiny", "data/notes")
+    config = load_config([str(ROOT / "config/own.py"), "--dataset", "notes"])
+    assert config.given == {"dataset": "mine"} and not config.departs
+    for tokens, epochs in (3_000, 20), (300_000, 4), (5_000_000, 1):
+        split = Split(np.zeros(tokens, np.uint16), 1, 1)
+        batches, steps = batches_of(config, split)
+        assert steps == batches.epoch_end(epochs)
+    tokens = np.array(load_tokenizer().encode("One two three. " * 50) + [50256], np.uint16)
+    assert train.prompts_from(tokens, load_tokenizer())[0].startswith("two three. One")
+    assert "<|" not in train.prompts_from(np.full(9, 50256), load_tokenizer())[0]
+    make_dataset(Path("data"), vocab_size=50257)
+    assert train.main([tiny, "--max_steps", "1", "--sample_prompts", "none"]) == 0
+    prompts = [prompt for prompt, _ in metrics(evaluations=True)[0]["samples"]]
+    assert prompts == train.prompts_from(load_tokens("tiny", "val"), load_tokenizer())
+
+
 # --- stopped and resumed
 
 
@@ -175,10 +196,33 @@ def test_a_signal_amid_the_last_evaluation_leaves_it_owed(tiny):
     assert len(losses(key="val_loss")) == 1 and os.path.exists("out/tiny/best.pt")
 
 
-def test_a_finished_run_has_nothing_to_do_until_it_is_extended(tiny):
+def test_a_finished_run_has_nothing_to_do_until_it_is_extended(tiny, capsys):
     for steps in 8, 8, 12:
-        assert train.main([tiny, "--max_steps", str(steps), "--resume"]) == 0
+        words = [tiny, "--save_interval", "2", "--max_steps", str(steps), "--resume"]
+        assert train.main(words) == 0
         assert losses(key="step") == list(range(1, steps + 1))
+        assert Path("out/tiny/last.pt").exists() and not Path("out/tiny/prev.pt").exists()
+        shown = capsys.readouterr().out
+        # the rate at step 8 of 12, after that at step 7 of 8
+        rates = f"from {losses(key='lr')[7]:.2e} to {losses(key='lr')[-4]:.2e}"
+        assert ("learning rate" in shown) == (rates in shown) == (steps == 12)
+        assert ("seed 0" in shown) == (len(losses(key="val_loss")) == 1 and "step 0" in shown)
+        assert ("of out/tiny/last.pt" in shown) != ("step 0" in shown)
+
+
+def test_a_run_that_goes_on_as_it_was_planned_has_the_rate_that_it_had(tiny, capsys):
+    words = [tiny, "--lr_schedule", "trapezoid", "--resume", "--max_steps", "30"]
+    for _ in range(3):
+        passes = itertools.count()
+
+        def stop(training, passes=passes):
+            if next(passes) == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with before_each_pass(stop):
+            train.main(words)
+    shown = capsys.readouterr().out
+    assert "going on from" in shown and "learning rate" not in shown
 
 
 def test_a_run_is_never_overwritten_and_never_continued_as_another(tiny):
@@ -256,7 +300,40 @@ def test_figures_are_taken_in_the_dtype_and_context_of_the_run(tiny, capsys):
     assert "17" in message and "--max_seq_len 16" in message
 
 
+def test_figures_of_another_data_set_s_run_are_taken_on_that_data_set(tiny, capsys):
+    make_dataset(Path("data"), "mine", val=300)
+    words = [tiny, "--max_steps", "2", "--out_dir", "out/mine"]
+    assert train.main([*words, "--dataset", "mine", "--max_seq_len", "8"]) == 0
+    of_run = capsys.readouterr().out.splitlines()[-2:]
+    assert train.main([tiny, "--eval_only", "--out_dir", "out/mine"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == of_run
+    assert "299 tokens" in of_run[1] and "context 8" in of_run[1]
+    assert train.main([tiny, "--eval_only", "--out_dir", "out/mine", "--dataset", "tiny"]) == 0
+    assert "699 tokens" in capsys.readouterr().out
+
+
 # --- the plan, and memory
+
+
+def test_the_plan_says_how_long_it_takes(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "seconds_per_token", lambda model, machine: 10.0)
+    for words, says in (
+        ([], "about 17 hours on this machine"),  # 63 steps of 96 tokens
+        (["--max_hours", "3"], "about 17 hours on this machine, and max_hours ends it after 3"),
+        (["--max_steps", "1"], "about 16 min on this machine"),
+    ):
+        assert train.main([tiny, "--dry_run", *words]) == 0
+        assert says + "\n" in capsys.readouterr().out
+    assert plan.how_long(None, None, dataclasses.replace(CPU, device=torch.device("meta")), 1) == ""
+
+
+def test_a_model_of_twice_the_work_takes_longer():
+    def estimate(**more):
+        args = Config(d_ff=256, d_model=64, **more).model_args(50257)
+        return min(plan.seconds_per_token(LanguageModel(**args), CPU) for _ in range(5))
+
+    with torch.device("meta"):
+        assert 1e-6 < estimate(num_layers=2) < estimate(num_layers=200) / 3
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
@@ -383,10 +460,10 @@ def test_compiled_blocks_give_the_same_curve(tiny, script, more):
 
 def test_the_command_that_resumes_is_the_shell_s():
     words = ["exp 5.py", "--sample_prompts", "()", "--resume", "--seed", "1"]
-    resumes = train.resume_command(words, CPU)
-    assert resumes.endswith("train.py 'exp 5.py' --sample_prompts '()' --seed 1 --resume")
-    two = train.resume_command([], dataclasses.replace(CPU, world=4, local_world=2))
-    assert "torch" in two and "--nproc_per_node=2 " in two and two.endswith("train.py --resume")
+    begins = train.command_of(words, CPU)
+    assert begins.endswith("train.py 'exp 5.py' --sample_prompts '()' --seed 1")
+    two = train.command_of([], dataclasses.replace(CPU, world=4, local_world=2))
+    assert "torch" in two and "--nproc_per_node=2 " in two and two.endswith("train.py")
 
 
 def test_ctrl_c_in_a_terminal(tiny):

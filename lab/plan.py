@@ -1,0 +1,79 @@
+"""The plan: what is about to be trained, and how long that takes."""
+
+import math
+import os
+import time
+
+import torch
+
+from lab.notebook import chinchilla
+from lab.optimizer import warmup_of
+from lab.trainer import micro_batch_size
+
+
+def plan_text(config, machine, dataset, model, batches, total_steps):
+    """What is about to be trained, as text: the true counts, the data, Chinchilla's ratio, steps,
+    FLOPs, memory."""
+    n, flops, tokens = model.count(), model.flops_per_token(), len(batches.tokens)
+    step_tokens, run_tokens = batches.step_tokens, total_steps * batches.step_tokens
+    micro = micro_batch_size(config, model, machine)
+    memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
+    source = f"initialised with seed {config.seed}"
+    source = f"initialised from {config.init_from}" if config.init_from else source
+    last = f"{config.out_dir}/last.pt"
+    source = f"of {last}" if config.resume and os.path.exists(last) else source
+    lines = {
+        "run": f"{config.out_dir} on {machine}",
+        "weights": source,
+        "parameters": f"{n['total']:,}: embeddings {n['embeddings']:,}, head bias "
+        f"{n['head_bias']:,}, blocks {n['blocks']:,}",
+        "data": f"{config.dataset}: {tokens:,} training tokens, "
+        f"{dataset.counts['val'].tokens:,} validation tokens",
+        "vocabulary": f"{dataset.vocab_size:,} tokens ({dataset.tokenizer}) of "
+        f"{dataset.bytes_per_token():.2f} bytes, "
+        f"{model.vocabulary_share():.0%} of the parameters",
+        "ratio": f"{tokens / n['total']:.2f} tokens per parameter in an epoch, "
+        f"{run_tokens / n['total']:.2f} in the run",
+        "": f"{chinchilla(n['total'], tokens)} (20 tokens per parameter)",
+        "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = "
+        f"{step_tokens:,} tokens, {batches.windows / config.batch_size:,.1f} per epoch, "
+        f"{warmup_of(config, total_steps)} of warm-up, {micro} sequences per forward pass",
+        "compute": f"{flops:,} FLOPs per token, {flops * step_tokens:.3g} per step, "
+        f"{flops * run_tokens:.3g} in the run",
+        "time": how_long(config, model, machine, run_tokens),
+        "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves",
+    }
+    return "\n".join(f"{name:10}  {line}" for name, line in lines.items() if line)
+
+
+def how_long(config, model, machine, tokens):
+    """How long it takes to train on so many tokens, as a phrase; "" where that is not known."""
+    if machine.device.type != "cpu":
+        return ""
+    seconds = tokens * seconds_per_token(model, machine) / machine.world
+    limit = 3600 * config.max_hours
+    ends = f", and max_hours ends it after {config.max_hours:g}" if 0 < limit < seconds else ""
+    shown = f"{seconds / 3600:,.0f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} min"
+    return f"about {shown} on this machine{ends}"
+
+
+def seconds_per_token(model, machine):
+    """What a token of training costs on this CPU, estimated: its matmuls at the speed of a part of
+    the head's, the rest at that of a softmax over a part of its logits.
+
+    The rest was measured in experiments 1, 3, 5, 6_small and the demo, in both dtypes: it is 3.3
+    softmaxes over the vocabulary, and as much as 115 logits for each channel of each layer. So the
+    estimate was within 1.4 of the time.
+    """
+    args, times = model.args, []
+    width = min(args["d_model"], 512)  # wider ones are as fast
+    x, weight = (torch.randn(n, width).to(machine.dtype) for n in (256, 8192))
+    for _ in range(4):
+        began = time.perf_counter()
+        logits = x @ weight.t()
+        between = time.perf_counter()
+        torch.softmax(logits, -1, dtype=torch.float32)
+        times.append((between - began, time.perf_counter() - between))
+    matmul, softmax = map(min, zip(*times, strict=True))
+    numbers = 3.3 * args["vocab_size"] + 115 * args["d_model"] * args["num_layers"]
+    return (model.flops_per_token() * matmul / (2 * width) + numbers * softmax) / logits.numel()
