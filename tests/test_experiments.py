@@ -1,36 +1,40 @@
 """The scripts in docs/experiments, on a tiny data set."""
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import load_tokens, make_dataset, metrics
+from helpers import ROOT, load_tokens, make_dataset, metrics
 
+import bench
+import sweep
 import train
-from docs.experiments import collect, datasets, draw
+from config import Config, load_grid
+from docs.experiments import baseline, collect, datasets, draw
 from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
-from lab.folder import load_checkpoint
 from lab.notebook import SavedRun
-from model import LanguageModel
 
 
 @pytest.fixture
 def both(tiny):
-    """The two data sets of 3,000 ids of training and 700 of validation."""
+    """The data sets of 3,000 ids of training and 700 of validation."""
     make_dataset(Path("data"), "articles")
-    datasets.main(["articles", "--train", "2000", "--val", "500"])
+    datasets.main(["articles", "--train", "2000", "--small", "1000", "--val", "500"])
 
 
-def test_both_data_sets_train_on_the_same_ids_and_validate_on_others(both):
+def test_the_data_sets_train_on_the_same_ids_and_validate_on_others(both):
     ids = load_tokens("articles", "train").tolist()
-    for name in ("choose", "wikipedia"):
-        assert load_tokens(name, "train").tolist() == ids[:2000]
+    for name, size in dict(choose=2, wikipedia=2, **{"wikipedia-2": 1}).items():
+        assert load_tokens(name, "train").tolist() == ids[: 1000 * size]
         source = Dataset(name).source["name"]
-        assert source.startswith("2.00e3 tokens of English Wikipedia articles, not WikiText-103's")
+        assert source.startswith(f"{size}.00e3 tokens of English Wikipedia articles, not WikiText-")
+        if name != "choose":
+            assert Dataset(name).counts["val"] == Dataset("articles").counts["val"]
+            assert load_tokens(name, "val").tolist() != ids[-500:]
     assert load_tokens("choose", "val").tolist() == ids[-500:]
-    theirs, ours = (Dataset(name).counts["val"] for name in ("articles", "wikipedia"))
-    assert theirs == ours and load_tokens("wikipedia", "val").tolist() != ids[-500:]
 
 
 def test_words_and_bytes_are_those_of_the_text_however_it_is_cut(monkeypatch):
@@ -54,7 +58,7 @@ def test_a_run_is_collected_and_drawn(both, monkeypatch):
     shutil.move("tiny.py", "exp3.py")  # draw.py knows the experiments by their configs
     train.main(["exp3.py", "--dataset", "wikipedia", "--max_steps", "10", "--eval_interval", "4"])
     monkeypatch.setattr(collect, "LINES", 4)
-    collect.main(["out/exp3", "--to", "kept", "--weights"])
+    collect.main(["out/exp3", "--to", "kept"])
 
     whole, kept = metrics("out/exp3"), metrics("kept/exp3")
     assert [line["step"] for line in kept] == [3, 6, 9, 10]
@@ -64,10 +68,50 @@ def test_a_run_is_collected_and_drawn(both, monkeypatch):
     assert metrics("kept/exp3", True) == metrics("out/exp3", True)
     assert SavedRun("kept/exp3").final == SavedRun("out/exp3").final != {}
     assert "articles, not WikiText-103's own" in Path("kept/exp3/notebook.md").read_text()
-    model = LanguageModel.from_checkpoint(load_checkpoint("kept/exp3/best.pt"))
-    assert (
-        model.count() == LanguageModel.from_checkpoint(load_checkpoint("out/exp3/best.pt")).count()
-    )
 
     draw.draw_runs(["kept/exp3"], "runs.png")
     assert Path("runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+# stands for Python: writes down what it is asked to do, and says which run was the best
+PYTHON = """#!/bin/sh
+[ "$1" = -c ] || echo "$*" >> calls
+case "$*" in
+    -c*long/exp6*) echo exp6-1 ;;
+    -c*long/decay*) echo weight_decay=0.1 ;;
+    -c*) echo learning_rate=0.002 ;;
+esac
+"""
+OPTIONS = {"train.py": Config, "sweep.py": sweep.Options, "bench.py": bench.Options}
+OPTIONS["docs/experiments/baseline.py"] = baseline.Options
+
+
+@pytest.mark.parametrize("toy", ["", "1"])
+def test_all_that_gpu_sh_runs_has_settings_that_there_are(in_tmp, toy):
+    shutil.copytree(ROOT / "config", "config")
+    Path("docs/experiments").mkdir(parents=True)
+    shutil.copy(ROOT / "docs/experiments/gpu.sh", "docs/experiments")
+    Path("nanoGPT").mkdir()
+    Path("nanoGPT/model.py").touch()
+    Path("python").write_text(PYTHON)
+    Path("python").chmod(0o755)
+    command = ["docs/experiments/gpu.sh", "all", "--grad_clip", "0.5"]
+    env = os.environ | {"PYTHON": "./python", "TOY": toy}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "missing" not in done.stdout, done.stdout + done.stderr
+
+    seen = set()
+    for script, *words in map(str.split, Path("calls").read_text().splitlines()):
+        if cls := OPTIONS.get(script):
+            lists = [name for name in vars(Config()) if script == "sweep.py"]
+            words = [word.replace('"', "") for word in words]
+            configs = load_grid(words, script, cls, lists)
+            assert all(config.grad_clip == 0.5 for config in configs)
+            assert script != "sweep.py" or len(configs) > 1
+            seen.add(script)
+    assert seen == OPTIONS.keys() and Path("out/gpu.tar.gz").exists()
+
+    # what is done is not done again
+    before = Path("calls").read_text()
+    assert subprocess.run(command, env=env, capture_output=True, timeout=60).returncode == 0
+    assert Path("calls").read_text() == before

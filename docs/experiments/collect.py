@@ -1,10 +1,9 @@
 """What of a run is kept in docs/: a folder a run, small enough for the repository.
 
-    python -m docs.experiments.collect out/long/NAME ... [--to FOLDER] [--weights]
+    python -m docs.experiments.collect out/gpu/long/NAME ... [--to FOLDER]
 
 FOLDER/NAME holds run.json, final.json, notebook.md, curve.png, and metrics.jsonl with all
 evaluations and at most 200 lines of training, each the mean over the lines that it stands for.
---weights adds best.pt with its weights in bfloat16, which sample.py reads.
 """
 
 import json
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.console import UserError, run
-from lab.folder import load_checkpoint, read_lines, save_checkpoint, write_text
+from lab.folder import read_lines, write_text
 from lab.settings import command_line, setting
 
 LINES = 200
@@ -24,10 +23,9 @@ COPIED = ("run.json", "final.json", "notebook.md", "curve.png")
 
 @dataclass
 class Options:
-    """Where the runs go, and what of them."""
+    """Where the runs go."""
 
     to: str = setting("docs/experiments", "the folder of the runs' folders", path=True)
-    weights: bool = setting(False, "the best checkpoint, too")
 
 
 def mean_line(lines):
@@ -48,15 +46,7 @@ def thin(lines):
     return sorted([*map(mean_line, parts), *evaluations], key=lambda line: line["step"])
 
 
-def save_weights(path, target):
-    """Write a checkpoint anew with weights in bfloat16."""
-    checkpoint = load_checkpoint(path)
-    weights = checkpoint["model"].items()
-    checkpoint["model"] = {name: tensor.bfloat16() for name, tensor in weights}
-    save_checkpoint(checkpoint, target)
-
-
-def collect(folder, to, weights=False):
+def collect(folder, to):
     """Copy what is kept of the run in `folder` into to/NAME. Raises UserError."""
     lines = thin(read_lines(folder / "metrics.jsonl"))
     if not lines:
@@ -67,18 +57,16 @@ def collect(folder, to, weights=False):
     for name in COPIED:
         if (folder / name).exists():  # not all are there before a run's end
             shutil.copyfile(folder / name, target / name)
-    if weights:
-        save_weights(folder / "best.pt", target / "best.pt")
     print(f"{target}: {len(lines)} lines of metrics.jsonl")
 
 
 def main(argv=None):
-    usage = "python -m docs.experiments.collect out/long/NAME ... [--to FOLDER] [--weights]"
+    usage = "python -m docs.experiments.collect out/gpu/long/NAME ... [--to FOLDER]"
     options, folders = command_line(Options, argv, usage, words=None)
     if not folders:
         raise UserError(f"no run given: {usage}")
     for folder in folders:
-        collect(Path(folder), Path(options.to), options.weights)
+        collect(Path(folder), Path(options.to))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The two data sets of the runs at real size, out of one data set of articles.
+"""The data sets of the runs at real size, out of one data set of articles.
 
     python prepare.py articles --source DIR --separator none
     python -m docs.experiments.datasets articles
 
 DIR holds the articles as wiki.train.raw and WikiText's validation text as wiki.valid.raw. Of the
-training ids the first 105,000,000 are trained on, in both data sets:
+training ids the first 105,000,000 are trained on:
 
 - choose: validation is the last 500,000 ids of the articles. Settings are chosen on it.
 - wikipedia: validation is WikiText's. Only what was chosen is measured on it.
+- wikipedia-2: the same with as many ids of training as WikiText-2 has, for experiment 1.
 """
 
 import codecs
@@ -32,6 +33,7 @@ class Options:
     """How the articles are cut."""
 
     train: int = setting(105_000_000, "ids to train on, from the articles' start", low=2)
+    small: int = setting(2_347_038, "ids of wikipedia-2's training, from their start", low=2)
     val: int = setting(500_000, "ids of choose's validation, from their end", low=2)
     data_dir: str = setting("data", "where data sets lie", path=True)
 
@@ -75,7 +77,7 @@ def write(folder, meta, files):
 def main(argv=None):
     usage = "python -m docs.experiments.datasets NAME [--setting value ...]"
     options, words = command_line(Options, argv, usage, words=1)
-    if not words or words[0] in ("choose", "wikipedia"):
+    if not words or words[0] in ("choose", "wikipedia", "wikipedia-2"):
         raise UserError(f"name the prepared data set of articles: {usage}")
     articles = Dataset(words[0], options.data_dir)
     if articles.separator != "none":
@@ -87,23 +89,27 @@ def main(argv=None):
             f"train on and {options.val:,} to validate"
         )
     encoding = load_tokenizer()
-    train, end = ids[: options.train], ids[-options.val :]
-    wikitext = articles.split("val").tokens
-    train_counts = counts_of(train, encoding)
 
-    about = f"{f'{len(train):.2e}'.replace('e+0', 'e')} {TEXT}"
-    common = dict(tokenizer="gpt2", vocab_size=articles.vocab_size, separator="none")
-    choose = common | dict(
-        source={"name": f"{about} (validation: the end of these articles)"},
-        splits={"train": train_counts, "val": counts_of(end, encoding)},
-    )
-    wikipedia = common | dict(
-        source={"name": f"{about} (validation: WikiText's)"},
-        splits={"train": train_counts, "val": vars(articles.counts["val"])},
-    )
-    folder = Path(options.data_dir)
-    write(folder / "choose", choose, {"train": train, "val": end})
-    write(folder / "wikipedia", wikipedia, {"train": train, "val": wikitext})
+    def counted(ids):
+        return ids, counts_of(ids, encoding)
+
+    whole, small = counted(ids[: options.train]), counted(ids[: options.small])
+    end = counted(ids[-options.val :])
+    wikitext = articles.split("val").tokens, vars(articles.counts["val"])
+    for name, train, val, whose in (
+        ("choose", whole, end, "the end of these articles"),
+        ("wikipedia", whole, wikitext, "WikiText's"),
+        ("wikipedia-2", small, wikitext, "WikiText's"),
+    ):
+        size = f"{len(train[0]):.2e}".replace("e+0", "e")
+        meta = dict(
+            tokenizer="gpt2",
+            vocab_size=articles.vocab_size,
+            separator="none",
+            source={"name": f"{size} {TEXT} (validation: {whose})"},
+            splits={"train": train[1], "val": val[1]},
+        )
+        write(Path(options.data_dir, name), meta, {"train": train[0], "val": val[0]})
 
 
 if __name__ == "__main__":

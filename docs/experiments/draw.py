@@ -65,6 +65,8 @@ def draw_recorded(axes):
 def draw_runs(folders, path):
     """Draw the runs in folders that collect.py has made."""
     runs = [SavedRun(folder) for folder in folders]
+    # a loss per token of another tokenizer, experiment 7's, does not compare
+    runs = [run for run in runs if run.metadata["name"] in CONFIGS]
     picture = Figure(figsize=(8, 4.6), layout="constrained")
     axes = picture.subplots()
     for run in runs:
