@@ -4,7 +4,7 @@ python report.py [out/NAME ...] [--format md|csv|json] [--notebook]
 """
 
 import csv
-import itertools
+import glob
 import json
 import math
 import os
@@ -109,16 +109,18 @@ def flat(rows):
     """(the columns of a table of rows, its rows as dicts of them). Of the settings, the data set,
     the seed and those that differ among the rows."""
     cells = [{name: str(value) for name, value in row["settings"].items()} for row in rows]
-    values = {name: {row[name] for row in cells if name in row} for name in cells[0]}
-    differing = [name for name in [*SETTINGS, "tokenizer"] if len(values[name]) > 1]
-    columns = ["run", "state", *dict.fromkeys(["dataset", "seed", *differing]), *FIGURES]
+    chosen = ["dataset", "seed"]
+    for name in [*SETTINGS, "tokenizer"]:
+        if name not in chosen and len({row[name] for row in cells if name in row}) > 1:
+            chosen.append(name)
+    columns = ["run", "state", *chosen, *FIGURES]
     return columns, [cell | row for cell, row in zip(cells, rows, strict=True)]
 
 
 def title_of(rows):
     """What a validation text is called."""
     text, settings = next((row["val_text"], row["settings"]) for row in rows if "val_text" in row)
-    return f"{settings['dataset']}, {text['tokens']:,} validation tokens"
+    return f"{settings['dataset']}, {text['bytes']:,} bytes of validation text"
 
 
 def markdown(texts):
@@ -189,16 +191,11 @@ def draw_curves(texts):
 
 def folders_with(file, tops):
     """The folders in and below some that hold a file; links are followed, each is taken once."""
-    found, seen = [], set()
-    for folder, below, files in itertools.chain(*(os.walk(top, followlinks=True) for top in tops)):
-        real = os.path.realpath(folder)
-        if real in seen:
-            below.clear()
-        elif file in files:
-            found.append(folder)
-        seen.add(real)
-        below.sort()
-    return found
+    patterns = [f"{glob.escape(top)}/**/{file}" for top in tops]
+    paths = [path for pattern in patterns for path in glob.glob(pattern, recursive=True)]
+    paths.sort(key=len, reverse=True)  # of several paths to a folder, the shortest
+    found = {os.path.realpath(path): os.path.dirname(path) for path in paths}
+    return sorted(found.values())
 
 
 def write_pages(path, folders, tops, text):
@@ -238,19 +235,19 @@ def main(argv=None):
     # files beside the runs; those of some runs are named so, since the others are of all
     of_all = len(tops) == 1 and not os.path.exists(f"{tops[0]}/run.json")
     home, end = (tops[0], "") if of_all else (os.path.normpath(f"{tops[0]}/.."), "-selected")
-    pictures = {f"report{end}.png": draw, f"report{end}-curves.png": draw_curves}
+    pictures = {f"report{end}.png": draw, f"report{end}-curves.png": draw_curves} if texts else {}
+    pages = [f"notebook{end}.md"] if options.notebook or is_sweep else []
     try:
-        for name, drawn in pictures.items() if texts else ():
+        for name, drawn in pictures.items():
             drawn(texts).savefig(f"{home}/{name}")
             text += f"\n\n![all runs]({name})"
         if options.notebook:
-            write_pages(f"{home}/notebook{end}.md", folders, tops, text)
+            write_pages(f"{home}/{pages[0]}", folders, tops, text)
         elif is_sweep:
             grid.write_entry(home)
     except OSError as error:
         raise UserError(f"cannot write the report: {error}; make room there") from None
-    notebook = f" and notebook{end}.md" if options.notebook or is_sweep else ""
-    print(f"written in {home}: report{end}.png, report{end}-curves.png{notebook}", file=sys.stderr)
+    print(f"written in {home}: {', '.join([*pictures, *pages])}", file=sys.stderr)
 
 
 if __name__ == "__main__":

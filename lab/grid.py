@@ -179,13 +179,14 @@ def draw(trials):
         return None
     picture, axes = figure(len(scales))
     for ax, (name, ticks) in zip(axes, scales.items(), strict=True):
-        curves = {}  # {the other settings: [(value, mean, deviation)]}
+        # {the other settings: [(value, mean, deviation)]}, in the order of the runs
+        curves = {label(t.settings, name, "seed"): [] for t in trials if t.best}
         for settings, figures in sorted(groups, key=lambda group: group[0][name]):
             mean, deviation = mean_of(figures)
             point = settings[name], mean, deviation or math.nan  # nan: no bar
-            curves.setdefault(label(settings, name), []).append(point)
-        for others in sorted(curves):
-            points = zip(*curves[others], strict=True)
+            curves[label(settings, name)].append(point)
+        for others, curve in curves.items():
+            points = zip(*curve, strict=True)
             ax.errorbar(*points, fmt="o-", markersize=4, capsize=3, label=others)
         ax.set_xscale("log" if 0 < 4 * ticks[0] <= ticks[-1] else "linear")
         ax.set_xticks(ticks, [f"{x:g}" for x in ticks])

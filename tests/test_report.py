@@ -15,6 +15,7 @@ import report
 import train
 from config import load_config
 from lab.console import ROOT, UserError
+from lab.grid import UNITS
 from model import LanguageModel
 
 PROMPTS = ["--sample_prompts", "'In mathematics,', 'The cat sat on the'"]
@@ -152,9 +153,10 @@ def test_the_table_sorts_runs_in_every_format(in_tmp, capsys):
     assert "| big | not finished | wikitext-103 | 0 | 10 | 900 |" in out
     assert "begun (" in err and "torn (" in err
     assert Path("out/report.png").read_bytes().startswith(PNG)
-    report.main(["out/big", "--format", "csv", "--picture", "p.png", "--recorded", "no"])
+    report.main(["out/big", "--format", "csv", "--recorded", "no"])
     (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
-    assert (row["run"], row["flops"]) == ("big", "54000") and Path("p.png").exists()
+    assert (row["run"], row["flops"]) == ("big", "54000")
+    assert Path("out/report-selected.png").exists()
 
 
 def test_what_the_configs_record_stands_beside_wikitext_alone(in_tmp, capsys):
@@ -185,14 +187,20 @@ def test_each_validation_text_has_a_table_of_its_own(in_tmp, capsys):
     leave("a", val_loss=2.0, val_bits_per_byte=1.5)
     leave("b", val_loss=3.0, val_bits_per_byte=1.0, val=dict(sha256="bpe", tokens=700))
     leave("c", val_loss=1.0, val=dict(sha256="another"))
-    set_up("b", tokenizer="own", learning_rate=0.5)
+    leave("d", val_loss=1.5, val=dict(sha256="another"))
+    set_up("b", tokenizer="own-1", learning_rate=0.5)
     report.main(["--recorded", "no"])
-    out = capsys.readouterr().out
-    tables = [re.findall(r"^\| (\w+) \|", part, re.MULTILINE) for part in out.split("### ")[1:]]
-    assert tables == [["run", "b", "a"], ["run", "c"]]  # by bits per byte, whatever the tokenizer
-    first, second = re.findall(r"^\| run .*$", out, re.MULTILINE)
+    first, second = capsys.readouterr().out.split("### ")[1:]
+    runs = [re.findall(r"^\| (\w+) \|", part, re.MULTILINE) for part in (first, second)]
+    assert runs == [["run", "b", "a"], ["run", "c", "d"]]
     assert "| learning_rate |" in first and "| tokenizer |" in first
     assert "| seed |" in second and "learning_rate" not in second
+    # two tokenizers: by bits per byte, which is said and drawn
+    assert "bits per byte" in first and "bits per byte" not in second
+    both, _ = report.texts_of(["out/a", "out/b", "out/c", "out/d"], False)
+    assert [ax.get_ylabel() for ax in report.draw_curves(both).axes] == list(UNITS.values())[::-1]
+    best, other = report.draw(both).axes[0].get_lines()[:2]
+    assert list(best.get_ydata()) == [1.0] and list(other.get_ydata()) == [1.5]
     assert Path("out/report-curves.png").read_bytes().startswith(PNG)
 
 

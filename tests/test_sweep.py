@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, children, metrics, started, step_of, until
+from test_notebook import leave
 
 import report
 import sample
@@ -27,13 +28,14 @@ TOP = Path("out/tiny-sweep")
 
 def plan(*words):
     """[(a run's Trial, its words)] of a sweep's command."""
-    return list(sweep.jobs_of([*SHORT, *words])[2].items())
+    return sweep.jobs_of([*SHORT, *words])[2]
 
 
-def trial(loss, data="", **settings):
-    """A run of a sweep with this loss, not begun if None."""
+def trial(loss, sha256="one", tokenizer="gpt2", **settings):
+    """A run of a sweep with this loss, not begun if None, and 10 - loss bits per byte."""
     made = Trial("nowhere", settings)
-    made.loss, made.val_text = loss, data
+    made.text = dict(sha256=sha256, tokenizer=tokenizer, words=1, bytes=1)
+    made.best = dict(val_loss=loss, val_bits_per_byte=10 - loss) if loss else None
     return made
 
 
@@ -53,16 +55,8 @@ def test_the_grid_is_every_combination_in_a_folder_of_its_own(tiny):
     rest = ["--expected_ppl=(35, 42)", "--dtype=float32", out, "--resume"]
     assert runs[0][1] == ["tiny.py", *told, *rest]
     assert len(plan("--seed", "1,0,1", "--learning_rate", "0.004,1e-2")) == 4
-
-
-def test_a_value_with_a_slash_and_long_values_are_one_folder(tiny):
     run, _ = plan("--data_dir", "data,./data")[1]
     assert Path(run.folder).name == "data_dir=.%2Fdata"
-    long = ["./" * n + "data" for n in (150, 151)]
-    sweep.main([*SHORT, "--print", "--data_dir", ",".join(long)])
-    runs = json.loads((TOP / "sweep.json").read_text())["runs"]
-    assert [run["data_dir"] for run in runs.values()] == long
-    assert all(len(name) < 256 for name in runs)
 
 
 def test_mistakes_are_one_line_before_the_first_run(tiny):
@@ -71,7 +65,6 @@ def test_mistakes_are_one_line_before_the_first_run(tiny):
         (words, ("learning_rate", "'x'", "num_heads 3", "sed", "jobs")),
         ("--dataset none --seed 0,1", ("data set none",)),
         ("--seed 3", ("--seed 0,1,2",)),
-        ("--seed 0,1 --eval_only", ("--eval_only False",)),
     ):
         with pytest.raises(UserError) as error:
             sweep.main([*SHORT, *line.split()])
@@ -131,9 +124,9 @@ def paired():
 
 
 def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand():
-    (_, best), (_, second), (_, third) = groups_of(paired())
+    (_, best), (_, second), (_, third) = groups_of(paired())[0]
     # 4.25 4.5 4.75: mean 4.5, squares 0.0625 + 0 + 0.0625 over 2
-    assert grid.spread(second.values()) == pytest.approx(0.25)
+    assert grid.mean_of(second) == pytest.approx((4.5, 0.25))
     # seed by seed 0.25 0 0.25: mean 1/6; squares 1/144 + 1/36 + 1/144 = 1/24, over 2 is 1/48, and
     # over 3 again 1/144. Student's t is 4.30
     assert difference(second, best) == (pytest.approx(1 / 6), pytest.approx(1 / 12), True)
@@ -141,22 +134,12 @@ def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand():
     assert difference(third, best) == (1.25, pytest.approx(1 / 4), True)
     assert difference({0: 1.42, 1: 1.44, 2: 1.46}, {0: 1, 1: 1, 2: 1})[2] is False
     assert difference({0: 5.0}, best) == (pytest.approx(5 - 13 / 3), None, False)
-    text = grid.text(paired())
-    assert "| 0.02 | 0, 1, 2 | 4.5000 ± 0.2500 | +0.1667 ± 0.0833 | 3 finished |" in text
-    assert "| 0.01 | 0, 1, 2 | 4.3333 ± 0.2887 | best | 3 finished |" in text
-    assert text.index("| 0.01 |") < text.index("| 0.02 |") < text.index("| 0.04 |")
-    assert "Student" in text and "learning_rate=0.02; learning_rate=0.04" in text
-
-
-def test_a_best_value_at_the_edge_is_said():
-    def edge(*trials):
-        return "edge" in grid.text(trials)
-
-    low, middle, high = (trial(loss, d_model=d) for d, loss in ((8, 4.0), (16, 3.0), (32, 2.0)))
-    assert edge(low, middle, high) and edge(trial(1.0, d_model=4), low, middle)
-    assert not edge(low, middle, trial(5.0, d_model=32))
-    assert not edge(low, middle, trial(None, d_model=32))  # it failed, or is to come
-    assert not edge(trial(4.0, block="gpt2"), trial(3.0, block="modern"))
+    rows = grid.text(paired()).splitlines()[2:]
+    assert rows[0] == "| 0.01 | 0, 1, 2 | 4.3333 ± 0.2887 | best | 3 finished |"
+    assert rows[1].startswith(
+        "| 0.02 | 0, 1, 2 | 4.5000 ± 0.2500 | +0.1667 ± 0.0833, may be chance"
+    )
+    assert rows[2].startswith("| 0.04 | 0, 1 |")
 
 
 def test_the_picture_has_a_curve_for_each_combination_of_the_others():
@@ -173,25 +156,62 @@ def test_the_picture_has_a_curve_for_each_combination_of_the_others():
     assert grid.draw([trial(None, d_model=8), trial(None, d_model=16)]) is None
 
 
-def test_losses_on_several_texts_are_not_compared():
+def test_what_does_not_compare_is_not_compared():
     trials = [trial(loss, str(loss), d_model=int(loss)) for loss in (3.0, 4.0)]
-    assert "best" not in grid.text(trials).split("runs |")[1]
+    assert "best" not in grid.text(trials).split("runs |")[1] and "differ" in grid.text(trials)
     assert grid.draw(trials) is None
+    # one text, two tokenizers: the higher loss per token has fewer bits per byte
+    trials = [trial(3.0, d_model=3), trial(4.0, "bpe", "own-1", d_model=4)]
+    assert re.search(r"^\| 4 \| 6.0000 \| best", grid.text(trials), re.MULTILINE)
+    assert "bits per byte" in grid.text(trials).splitlines()[-1]
+    assert "bits per byte" in grid.draw(trials).axes[0].get_ylabel()
+
+
+def left(done, planned, asked, evaluated, final=True):
+    """The Trial of a run's folder that has `done` of `planned` steps and evaluations at some."""
+    path = leave("run")
+    metadata = json.loads((path / "run.json").read_text()) | dict(steps=planned)
+    (path / "run.json").write_text(json.dumps(metadata))
+    lines = [dict(step=step, val_loss=9.0 - step / 30) for step in evaluated] + [
+        dict(step=done, lr=1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "final.json").write_text(json.dumps({"val": {}} if final else {}))
+    return Trial(path, {}, asked)
 
 
 def test_a_run_counts_by_the_steps_that_it_took(in_tmp):
-    def state(done, planned, asked, final=True):
-        line = dict(step=done, val_loss=2.0)
-        Path("metrics.jsonl").write_text(json.dumps(line))
-        Path("run.json").write_text(json.dumps(dict(steps=planned)))
-        Path("final.json").write_text(json.dumps({"val": {}} if final else {}))
-        run = Trial(".", {}, asked)
-        return run.state if run.loss is None else "finished"
+    for done in (60, 50):  # patience may end a run
+        assert left(done, 60, 60, [done]).state == "finished"
+    for run in left(30, 30, 60, [30]), left(60, 60, 60, [60], final=False):
+        assert run.state != "finished" and not run.best
+    # trained further by hand
+    run = left(90, 90, 60, [30, 60, 90])
+    assert "90" in run.state and "60" in run.state and run.best["step"] == 60
+    assert "90" in grid.text([run])
+    assert left(90, 90, 60, [30, 90]).best is None
 
-    assert state(60, 60, 60) == state(50, 60, 60) == "finished"  # patience may end a run
-    assert "90" in state(90, 90, 60) and "60" in state(90, 90, 60)
-    assert "90" in state(90, 60, 60) and "90" in state(90, 60, None)
-    assert "finished" != state(30, 30, 60) and "finished" != state(60, 60, 60, final=False)
+
+def test_a_sweep_is_one_entry_of_the_notebook(in_tmp, capsys):
+    leave("alone")
+    runs = {f"learning_rate={rate}": dict(learning_rate=rate) for rate in (0.01, 0.02, 0.04)}
+    for name, loss in zip(runs, (3.0, 2.0, 2.5), strict=True):
+        leave(f"s/{name}", val_loss=loss)
+        Path("out/s", name, "final.json").write_text('{"val": {}}')
+    Path("out/s/sweep.json").write_text(json.dumps(dict(command="sweep it", vary=[], runs=runs)))
+    report.main(["out/s", "--recorded", "no"])
+    assert "conclusion.md" in os.listdir("out/s") and "| best |" in capsys.readouterr().out
+    Path("out/s/conclusion.md").write_text("The middle one.")
+    report.main(["--notebook", "--recorded", "no"])
+    page, whole = Path("out/s/notebook.md").read_text(), Path("out/notebook.md").read_text()
+    for phrase in "`sweep it`", "](report.png)", "| best |", "## Conclusion\n\nThe middle one.":
+        assert phrase in page, phrase
+    assert "](learning_rate%3D0.02/notebook.md)" in page and Path("out/s/report.png").exists()
+    assert re.findall(r"^## .*\((.*)\)$", whole, re.MULTILINE) == ["alone", "s"]
+    assert "](s/report.png)" in whole and "](s/learning_rate%3D0.02/notebook.md)" in whole
+    assert Path("out/s/learning_rate=0.02/notebook.md").exists()
+    report.main(["out/s", "--notebook"])
+    assert Path("out/s/notebook.md").read_text() == page
 
 
 # --- the runs
