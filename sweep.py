@@ -8,7 +8,6 @@ and `python report.py out/NAME-sweep` shows the table.
 """
 
 import functools
-import hashlib
 import json
 import os
 import subprocess
@@ -21,11 +20,12 @@ import torch
 
 import report
 from config import Config, load_grid
-from lab.console import ROOT, UserError, command, cpu_cores, progress, run, stop_signals
+from lab.console import ROOT, UserError, command, cpu_cores, run, stop_signals
 from lab.data import Dataset, batches_of
 from lab.folder import Lock, read_json, write_text
 from lab.grid import Trial, label
-from lab.machine import Machine, check_compile_cache, choose_device, ranks_of
+from lab.machine import Machine, choose_device, ranks_of
+from lab.notebook import invite
 from lab.settings import fields_of, setting, split_words, types_of
 from lab.weights import settle
 
@@ -45,8 +45,8 @@ class Options(Config):
 
 
 def jobs_of(argv):
-    """(the sweep's folder, its first run's Options, {Trial: its words for train.py}) of a
-    command line. Raises UserError."""
+    """(the sweep's folder, its first run's Options, [(Trial, its words for train.py)]) of a command
+    line. Raises UserError."""
     fields = fields_of(Config).items()
     names = [name for name, f in fields if name not in OWN and tuple not in types_of(f)]
     configs = load_grid(argv, "sweep.py", Options, names)
@@ -54,14 +54,12 @@ def jobs_of(argv):
     varied = {name for name in names if len({getattr(config, name) for config in configs}) > 1}
     if not varied:
         raise UserError("no setting has several values; try --seed 0,1,2")
-    if first.eval_only:
-        raise UserError("a sweep cannot be combined with eval_only; use --eval_only False")
 
     # a run that an earlier command began, with fewer settings varied, keeps its folder
     top = first.out_dir if "out_dir" in given else os.path.join("out", f"{first.name}-sweep")
     old = read_json(f"{top}/sweep.json")
     vary = [name for name in names if name in varied.union(old.get("vary", ()))]
-    known = {label(settings): name for name, settings in runs_of(old, vary).items()}
+    folders = {label(settings): name for name, settings in runs_of(old, vary).items()}
 
     # one dtype for all; printed commands may run on another machine, which then chooses
     device = torch.device("cpu") if first.print else choose_device(first, ranks_of({}))
@@ -70,11 +68,9 @@ def jobs_of(argv):
     jobs = {}
     for config in configs:
         settings = {name: getattr(config, name) for name in vary}
-        if any(trial.settings == settings for trial in jobs):
-            continue  # a value was given twice
-        folder = os.path.join(top, known.get(label(settings)) or folder_name(settings))
+        name = folders.get(label(settings)) or quote(label(settings), safe="=,+")
         kept = dtype if config.dtype == "auto" else config.dtype
-        config = config.changed(out_dir=folder, dtype=kept)
+        config = config.changed(out_dir=os.path.join(top, name), dtype=kept)
         settled, _ = settle(config, machine)
         if not config.print:
             dtype = settled.dtype
@@ -82,8 +78,8 @@ def jobs_of(argv):
         first = first if jobs else config
         _, steps = batches_of(settled, open_dataset(config.dataset, config.data_dir).split("train"))
         words = [path, *(f"--{name}={getattr(config, name)}" for name in told), "--resume"]
-        jobs[Trial(folder, settings, steps)] = words
-    return top, first, jobs
+        jobs[name] = Trial(config.out_dir, settings, steps), words
+    return top, first, list(jobs.values())
 
 
 def runs_of(sweep, vary):
@@ -92,12 +88,6 @@ def runs_of(sweep, vary):
     config = sweep.get("config", {})
     common = {name: config.get(name, getattr(Config, name)) for name in vary}
     return {folder: common | settings for folder, settings in sweep.get("runs", {}).items()}
-
-
-def folder_name(settings):
-    """The name of a run's folder: its settings, shortened where file systems would refuse them."""
-    name = quote(label(settings), safe="=,+")
-    return name if len(name) < 256 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()}"
 
 
 def claim(top, config, trials, this_command, lock):
@@ -122,22 +112,22 @@ def claim(top, config, trials, this_command, lock):
             runs[name], steps[name] = trial.settings, trial.steps
         sweep = dict(command=this_command, vary=vary, runs=runs, steps=steps, config=new)
         write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
+        invite(top)
     except OSError as error:
         raise UserError(f"cannot write into {top}: {error.strerror}; fix that") from None
 
 
 def go(jobs, config, stop):
     """Run what is left, to its end or to a signal; the runs then save and stop, too."""
-    left = [trial for trial in jobs if trial.state != "finished"]
-    waiting = [trial for trial in left if trial.done <= trial.steps]  # longer ones stay as they are
+    # runs that were trained further by hand stay as they are
+    waiting = [job for job in jobs if not (job[0].best or job[0].is_longer)]
     running, told = {}, False  # running: {slot: (Trial, its process)}
-    bar = progress(len(jobs), "sweep", initial=len(jobs) - len(left), unit="run")
     while running or (waiting and not stop):
         # start what may run
         for slot in range(config.jobs):
             if waiting and slot not in running and not stop:
-                trial = waiting.pop(0)
-                running[slot] = trial, start(trial.folder, jobs[trial], config, slot)
+                trial, words = waiting.pop(0)
+                running[slot] = trial, start(trial.folder, words, config, slot)
         time.sleep(0.5)
 
         # pass a signal on, once: a second would end a run without its checkpoint
@@ -150,12 +140,9 @@ def go(jobs, config, stop):
         for slot, (trial, process) in list(running.items()):
             if process.poll() is not None:
                 del running[slot]
-                trial.look()
-                why = f" (exit code {process.returncode}, {trial.folder}/log.txt)"
-                why = why if process.returncode else ""
-                bar.write(f"{label(trial.settings)}: {trial.state}{why}", file=sys.stderr)
-                bar.update(trial.state == "finished")
-    bar.close()
+                state = Trial(trial.folder, trial.settings, trial.steps).state
+                left = len(waiting) + len(running)
+                print(f"{label(trial.settings)}: {state}; {left} to go", file=sys.stderr)
 
 
 def start(folder, words, config, slot):
@@ -171,34 +158,32 @@ def start(folder, words, config, slot):
     with open(f"{folder}/log.txt", "ab") as log:
         log.write(f"\n$ {command('train.py', *words)}\n".encode())
         log.flush()
+        program = [sys.executable, str(ROOT / "train.py"), *words]
         streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        program = [sys.executable, str(ROOT / "train.py")]
         # in a session of its own: the terminal's Ctrl-C comes to the sweep alone
-        return subprocess.Popen([*program, *words], env=env, start_new_session=True, **streams)
+        return subprocess.Popen(program, env=env, start_new_session=True, **streams)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    check_compile_cache()
     top, config, jobs = jobs_of(argv)
-    this_command, steps = command("sweep.py", *argv), sum(trial.steps for trial in jobs)
+    this_command, steps = command("sweep.py", *argv), sum(trial.steps for trial, _ in jobs)
     plan = f"sweep   {len(jobs)} runs of {steps:,} steps in all, in {top}; {config.jobs} at a time"
     if config.dry_run:
         return print(plan)
     with stop_signals() as stop, Lock() as lock:
-        claim(top, config, list(jobs), this_command, lock)
+        claim(top, config, [trial for trial, _ in jobs], this_command, lock)
         if config.print:
-            return print("\n".join(command("train.py", *words) for words in jobs.values()))
+            return print("\n".join(command("train.py", *words) for _, words in jobs))
         print(plan, flush=True)
         go(jobs, config, stop)
-    for trial in jobs:
-        trial.look()  # what a killed sweep had left may have ended, too
-    done = sum(trial.state == "finished" for trial in jobs)
-    if stop and done < len(jobs):
-        print(f"stopped: {done} of {len(jobs)} runs are finished; resume with: {this_command}")
+    now = [Trial(trial.folder, trial.settings, trial.steps) for trial, _ in jobs]
+    done = sum(bool(trial.best) for trial in now)
+    if stop and done < len(now):
+        print(f"stopped: {done} of {len(now)} runs are finished; resume with: {this_command}")
         return 1
     report.main([top])
-    return int(done < len(jobs))
+    return int(done < len(now))
 
 
 if __name__ == "__main__":

@@ -271,16 +271,19 @@ def signed(body):
 # --- the whole notebook
 
 
-def write_notebook(path, folders, report):
+def write_notebook(path, folders, report, sweeps=()):
     """Write the entries of all runs anew, and join them to one page in the order in which the runs
-    began. report: the Markdown above them. Raises UserError without a run; OSError."""
+    began. report: the Markdown above them. sweeps: the entries of sweeps, [(when it began, its
+    SavedRun, Markdown)]. Raises UserError without a run; OSError."""
     runs = [run for run in map(SavedRun, folders) if run.is_ours]
-    if not runs:
+    if not runs and not sweeps:
         raise UserError("no run has an entry yet; train one to its first evaluation")
-    sections = [("All runs", report)]
-    for run in sorted(runs, key=lambda run: run.metadata["began"]):
+    for run in runs:
         write_entry(run.folder)
-        title, _, text = entry(run).partition("\n")
+    entries = [(run.metadata["began"], run, entry(run)) for run in runs]
+    sections = [("All runs", report)]
+    for _, run, text in sorted([*entries, *sweeps], key=lambda part: part[0]):
+        title, _, text = text.partition("\n")
         there = os.path.relpath(run.folder, os.path.dirname(path) or ".")
         text = moved(text, quote(os.fsencode(there)))
         sections.append((f"{title.removeprefix('# ')} ({run.name})", text))

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, children, metrics, started, step_of, until
+from test_notebook import leave
 
 import report
 import sample
 import sweep
 from lab import grid
 from lab.console import UserError
-from lab.folder import Lock, save_checkpoint
 from lab.grid import Trial, difference, groups_of
-from model import LanguageModel
+from lab.notebook import INVITES
 
 SHORT = ["tiny.py", "--max_steps", "6"]
 SLEEP = time.sleep
@@ -27,13 +27,14 @@ TOP = Path("out/tiny-sweep")
 
 def plan(*words):
     """[(a run's Trial, its words)] of a sweep's command."""
-    return list(sweep.jobs_of([*SHORT, *words])[2].items())
+    return sweep.jobs_of([*SHORT, *words])[2]
 
 
-def trial(loss, data="", **settings):
-    """A run of a sweep with this loss, not begun if None."""
+def trial(loss, sha256="one", tokenizer="gpt2", **settings):
+    """A run of a sweep with this loss, not begun if None, and 10 - loss bits per byte."""
     made = Trial("nowhere", settings)
-    made.loss, made.val_text = loss, data
+    made.text = dict(sha256=sha256, tokenizer=tokenizer, words=1, bytes=1)
+    made.best = dict(val_loss=loss, val_bits_per_byte=10 - loss) if loss else None
     return made
 
 
@@ -49,20 +50,10 @@ def test_the_grid_is_every_combination_in_a_folder_of_its_own(tiny):
     common = "block=gpt2,learning_rate=0.01,compile=None,seed="
     assert names[:2] == [f"{common}0", f"{common}1"]
     told = "--max_steps=6 --learning_rate=0.01 --block=gpt2 --compile=None --seed=0".split()
-    out = f"--out_dir={TOP}/{names[0]}"
-    rest = ["--expected_ppl=(35, 42)", "--dtype=float32", out, "--resume"]
+    rest = ["--expected_ppl=(35, 42)", "--dtype=float32", f"--out_dir={TOP}/{names[0]}", "--resume"]
     assert runs[0][1] == ["tiny.py", *told, *rest]
     assert len(plan("--seed", "1,0,1", "--learning_rate", "0.004,1e-2")) == 4
-
-
-def test_a_value_with_a_slash_and_long_values_are_one_folder(tiny):
-    run, _ = plan("--data_dir", "data,./data")[1]
-    assert Path(run.folder).name == "data_dir=.%2Fdata"
-    long = ["./" * n + "data" for n in (150, 151)]
-    sweep.main([*SHORT, "--print", "--data_dir", ",".join(long)])
-    runs = json.loads((TOP / "sweep.json").read_text())["runs"]
-    assert [run["data_dir"] for run in runs.values()] == long
-    assert all(len(name) < 256 for name in runs)
+    assert plan("--data_dir", "data,./data")[1][0].folder == f"{TOP}/data_dir=.%2Fdata"
 
 
 def test_mistakes_are_one_line_before_the_first_run(tiny):
@@ -71,7 +62,6 @@ def test_mistakes_are_one_line_before_the_first_run(tiny):
         (words, ("learning_rate", "'x'", "num_heads 3", "sed", "jobs")),
         ("--dataset none --seed 0,1", ("data set none",)),
         ("--seed 3", ("--seed 0,1,2",)),
-        ("--seed 0,1 --eval_only", ("--eval_only False",)),
     ):
         with pytest.raises(UserError) as error:
             sweep.main([*SHORT, *line.split()])
@@ -79,61 +69,37 @@ def test_mistakes_are_one_line_before_the_first_run(tiny):
     assert not Path("out").exists()
 
 
-def test_dtype_is_chosen_once_and_kept(tiny, monkeypatch):
-    chosen = ["bfloat16"]
-
-    def settle(config, machine):
-        return config.changed(dtype=chosen.pop() if config.dtype == "auto" else config.dtype), None
-
-    monkeypatch.setattr(sweep, "settle", settle)
-    words = "--dtype", "auto", "--seed", "0,1"
-    assert ["--dtype=bfloat16" in words for _, words in plan(*words)] == [True, True]
+def test_dtype_is_chosen_once(tiny):
     TOP.mkdir(parents=True)
-    (TOP / "sweep.json").write_text(json.dumps(dict(config=dict(dtype="float16"))))
-    assert ["--dtype=float16" in words for _, words in plan(*words)] == [True, True]
+    (TOP / "sweep.json").write_text('{"config": {"dtype": "float16"}}')
+    assert all("--dtype=float16" in words for _, words in plan("--dtype", "auto", "--seed", "0,1"))
 
 
-def test_steps_are_counted_in_the_context_of_init_from(tiny):
-    args = dict(max_seq_len=1000, d_model=8, num_heads=2, d_ff=16, num_layers=1, dropout=0.0)
-    args |= dict(block="gpt2", head_bias=True, vocab_size=512)
-    save_checkpoint(
-        dict(model=LanguageModel(**args).state_dict(), model_args=args, step=0), "weights.pt"
-    )
-    Path("tiny.py").write_text('dataset = "tiny"\nbatch_size = 1\nsample_prompts = ()\n')
-    words = "--dtype", "float32", "--init_from", "weights.pt", "--max_steps", "99", "--seed", "0,1"
-    assert [run.steps for run, _ in plan(*words)] == [3, 3]  # of 3,000 tokens
-
-
-def test_another_sweep_s_folder_is_refused_and_a_larger_grid_is_not(tiny, capsys):
+def test_another_sweep_s_folder_is_refused_and_a_larger_grid_is_not(tiny):
     one = [*SHORT, "--print", "--learning_rate", "0.01,0.02"]
     assert sweep.main(one) is None
     for words in ["--d_model", "4"], ["--max_steps", "9"], ["--dtype", "bfloat16"]:
         with pytest.raises(UserError, match=f"0.01,0.02`.*{words[0][2:]}.*--out_dir"):
             sweep.main([*one, *words])
     # its runs have the default seed, and keep their folders
-    capsys.readouterr()
     sweep.main([*SHORT, "--print", "--learning_rate", "0.02,0.04", "--seed", "0,1"])
-    folders = [line.split("/")[-1].split()[0] for line in capsys.readouterr().out.splitlines()]
-    new = ["learning_rate=0.02,seed=1", "learning_rate=0.04,seed=0", "learning_rate=0.04,seed=1"]
-    assert folders == ["learning_rate=0.02", *new]
     found = {Path(run.folder).name: run.settings["seed"] for run in grid.read_trials(TOP)}
-    assert found == {"learning_rate=0.01": 0, folders[0]: 0, new[0]: 1, new[1]: 0, new[2]: 1}
+    new = {"learning_rate=0.02,seed=1": 1, "learning_rate=0.04,seed=0": 0}
+    new |= {"learning_rate=0.04,seed=1": 1}
+    assert found == {"learning_rate=0.01": 0, "learning_rate=0.02": 0} | new
 
 
 # --- the figures, by hand
 
 
-def paired():
-    """Three seeds at 0.01, at 0.02 seed by seed a little worse, and two at 0.04."""
+def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand():
+    # three seeds at 0.01, at 0.02 seed by seed a little worse, and two at 0.04
     losses = {0.02: (4.25, 4.5, 4.75), 0.01: (4.0, 4.5, 4.5), 0.04: (5.0, 6.0)}
     runs = [(rate, seed, loss) for rate, all in losses.items() for seed, loss in enumerate(all)]
-    return [trial(loss, learning_rate=rate, seed=seed) for rate, seed, loss in runs]
-
-
-def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand():
-    (_, best), (_, second), (_, third) = groups_of(paired())
+    trials = [trial(loss, learning_rate=rate, seed=seed) for rate, seed, loss in runs]
+    (_, best), (_, second), (_, third) = groups_of(trials)[0]
     # 4.25 4.5 4.75: mean 4.5, squares 0.0625 + 0 + 0.0625 over 2
-    assert grid.spread(second.values()) == pytest.approx(0.25)
+    assert grid.mean_of(second) == pytest.approx((4.5, 0.25))
     # seed by seed 0.25 0 0.25: mean 1/6; squares 1/144 + 1/36 + 1/144 = 1/24, over 2 is 1/48, and
     # over 3 again 1/144. Student's t is 4.30
     assert difference(second, best) == (pytest.approx(1 / 6), pytest.approx(1 / 12), True)
@@ -141,22 +107,10 @@ def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand():
     assert difference(third, best) == (1.25, pytest.approx(1 / 4), True)
     assert difference({0: 1.42, 1: 1.44, 2: 1.46}, {0: 1, 1: 1, 2: 1})[2] is False
     assert difference({0: 5.0}, best) == (pytest.approx(5 - 13 / 3), None, False)
-    text = grid.text(paired())
-    assert "| 0.02 | 0, 1, 2 | 4.5000 ± 0.2500 | +0.1667 ± 0.0833 | 3 finished |" in text
-    assert "| 0.01 | 0, 1, 2 | 4.3333 ± 0.2887 | best | 3 finished |" in text
-    assert text.index("| 0.01 |") < text.index("| 0.02 |") < text.index("| 0.04 |")
-    assert "Student" in text and "learning_rate=0.02; learning_rate=0.04" in text
-
-
-def test_a_best_value_at_the_edge_is_said():
-    def edge(*trials):
-        return "edge" in grid.text(trials)
-
-    low, middle, high = (trial(loss, d_model=d) for d, loss in ((8, 4.0), (16, 3.0), (32, 2.0)))
-    assert edge(low, middle, high) and edge(trial(1.0, d_model=4), low, middle)
-    assert not edge(low, middle, trial(5.0, d_model=32))
-    assert not edge(low, middle, trial(None, d_model=32))  # it failed, or is to come
-    assert not edge(trial(4.0, block="gpt2"), trial(3.0, block="modern"))
+    rows = grid.text(trials).splitlines()[2:]
+    assert rows[0] == "| 0.01 | 0, 1, 2 | 4.3333 ± 0.2887 | best | 3 finished |"
+    assert rows[1].startswith("| 0.02 | 0, 1, 2 | 4.5000 ± 0.2500 | +0.1667 ± 0.0833, may")
+    assert rows[2].startswith("| 0.04 | 0, 1 |")
 
 
 def test_the_picture_has_a_curve_for_each_combination_of_the_others():
@@ -173,70 +127,91 @@ def test_the_picture_has_a_curve_for_each_combination_of_the_others():
     assert grid.draw([trial(None, d_model=8), trial(None, d_model=16)]) is None
 
 
-def test_losses_on_several_texts_are_not_compared():
+def test_what_does_not_compare_is_not_compared():
     trials = [trial(loss, str(loss), d_model=int(loss)) for loss in (3.0, 4.0)]
-    assert "best" not in grid.text(trials).split("runs |")[1]
+    assert "best" not in grid.text(trials).split("runs |")[1] and "differ" in grid.text(trials)
     assert grid.draw(trials) is None
+    # one text, two tokenizers: the higher loss per token has fewer bits per byte
+    trials = [trial(3.0, d_model=3), trial(4.0, "bpe", "own-1", d_model=4)]
+    assert re.search(r"^\| 4 \| 6.0000 \| best", grid.text(trials), re.MULTILINE)
+    assert "bits per byte" in grid.text(trials).splitlines()[-1]
+    assert "bits per byte" in grid.draw(trials).axes[0].get_ylabel()
+
+
+def left(steps, planned, evaluated, final=True):
+    """The Trial of a run that has so many steps; the sweep asks for 60."""
+    path = leave("run")
+    metadata = json.loads((path / "run.json").read_text()) | dict(steps=planned)
+    (path / "run.json").write_text(json.dumps(metadata))
+    lines = [dict(step=step, val_loss=9.0 - step / 30) for step in evaluated]
+    lines.append(dict(step=steps, lr=1))
+    (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (path / "final.json").write_text(json.dumps({"val": {}} if final else {}))
+    return Trial(path, {}, 60)
 
 
 def test_a_run_counts_by_the_steps_that_it_took(in_tmp):
-    def state(done, planned, asked, final=True):
-        line = dict(step=done, val_loss=2.0)
-        Path("metrics.jsonl").write_text(json.dumps(line))
-        Path("run.json").write_text(json.dumps(dict(steps=planned)))
-        Path("final.json").write_text(json.dumps({"val": {}} if final else {}))
-        run = Trial(".", {}, asked)
-        return run.state if run.loss is None else "finished"
+    for steps in (60, 50):  # patience may end a run
+        assert left(steps, 60, [steps]).state == "finished"
+    for run in left(30, 30, [30]), left(60, 60, [60], final=False):
+        assert run.state != "finished" and not run.best
+    # trained further by hand
+    run = left(90, 90, [30, 60, 90])
+    assert "90" in run.state and "60" in run.state and run.best["step"] == 60
+    assert run.state in grid.text([run])
+    assert left(90, 90, [30, 90]).best is None
 
-    assert state(60, 60, 60) == state(50, 60, 60) == "finished"  # patience may end a run
-    assert "90" in state(90, 90, 60) and "60" in state(90, 90, 60)
-    assert "90" in state(90, 60, 60) and "90" in state(90, 60, None)
-    assert "finished" != state(30, 30, 60) and "finished" != state(60, 60, 60, final=False)
+
+def test_a_sweep_is_one_entry_of_the_notebook(in_tmp, capsys):
+    leave("alone")
+    runs = {f"learning_rate={rate}": dict(learning_rate=rate) for rate in (0.01, 0.02)}
+    for name, loss in zip(runs, (3.0, 2.0), strict=True):
+        (leave(f"s/{name}", val_loss=loss) / "final.json").write_text('{"val": {}}')
+    Path("out/s/sweep.json").write_text(json.dumps(dict(command="sweep it", runs=runs)))
+    report.main(["out/s"])
+    assert "| best |" in capsys.readouterr().out
+    assert Path("out/s/conclusion.md").read_text().startswith(INVITES)
+    Path("out/s/conclusion.md").write_text("The middle one.")
+    report.main(["--notebook"])
+    page, whole = Path("out/s/notebook.md").read_text(), Path("out/notebook.md").read_text()
+    for phrase in "`sweep it`", "](report.png)", "| best |", "## Conclusion\n\nThe middle one.":
+        assert phrase in page, phrase
+    assert re.findall(r"^## .*\((.*)\)$", whole, re.MULTILINE) == ["alone", "s"]
+    assert "](s/report.png)" in whole and "](s/learning_rate%3D0.02/notebook.md)" in whole
+    assert Path("out/s/learning_rate=0.02/notebook.md").exists()
+    report.main(["out/s", "--notebook"])
+    assert Path("out/s/notebook.md").read_text() == page
 
 
 # --- the runs
 
 
 @pytest.mark.slow
-def test_printed_commands_run_and_report_and_sample_find_them(tiny, capsys):
-    assert (
-        sweep.main([*SHORT, "--seed", "0,1", "--sample_prompts", "'a b','it\\'s'", "--print"])
-        is None
-    )
+def test_printed_commands_two_at_a_time_and_one_that_diverges(tiny, monkeypatch, capsys):
+    words = [*SHORT, "--learning_rate", "1e-2,4e-2,1e30", "--grad_clip", "0"]
+    words += ["--sample_prompts", "'a b','it\\'s'"]
+    assert sweep.main([*words, "--print"]) is None
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and shlex.split(lines[1])[1] == str(ROOT / "train.py")
-    subprocess.run(["sh", "-c", lines[1]], check=True, timeout=120)
-    about = json.loads((TOP / "seed=1/run.json").read_text())
+    assert len(lines) == 3 and shlex.split(lines[0])[1] == str(ROOT / "train.py")
+    subprocess.run(["sh", "-c", lines[0]], check=True, timeout=120)
+    about = json.loads((TOP / "learning_rate=0.01/run.json").read_text())
     assert about["config"]["sample_prompts"] == ["a b", "it's"] and about["steps"] == 6
-    assert sample.find_checkpoint() == TOP / "seed=1/best.pt"
-    report.main([str(TOP)])
-    said = capsys.readouterr().out
-    assert "| 1 finished |" in said and "| 0 | - | - | not begun |" in said
+    assert sample.find_checkpoint() == TOP / "learning_rate=0.01/best.pt"
 
+    def sleep(seconds):
+        count.append(len(children(os.getpid())))
+        SLEEP(seconds)
 
-@pytest.mark.slow
-def test_two_at_a_time_with_one_that_diverges_and_one_in_use(tiny, monkeypatch, capsys):
     count = []
-    monkeypatch.setattr(
-        sweep.time, "sleep", lambda s: count.append(len(children(os.getpid()))) or SLEEP(s)
-    )
-    held = TOP / "learning_rate=0.04"
-    held.mkdir(parents=True)
-    words = [*SHORT, "--learning_rate", "1e-2,1e30,4e-2", "--grad_clip", "0", "--jobs", "2"]
-    with Lock() as lock:  # a run that a killed sweep has left
-        lock.take(f"{held}/.lock", held, "")
-        assert sweep.main(words) == 1
-    assert max(count) == 2
+    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    assert sweep.main([*words, "--jobs", "2"]) == 1
     said = capsys.readouterr().out
-    assert re.search(r"^\| 0.01 \| \d\.\d+ \| best \| 1 finished \|", said, re.MULTILINE)
-    assert re.search(r"^\| 1e\+30 \| - \| - \| failed: ", said, re.MULTILINE)
-    assert re.search(rf"^\| 0.04 .* failed: .*{os.getpid()}", said, re.MULTILINE)
-    assert sweep.main(words) == 1
-    assert re.search(r"^\| 0.04 .* finished", capsys.readouterr().out, re.MULTILINE)
+    assert max(count) == 2 and "| best | 1 finished |" in said
+    assert "| 1e+30 | - | - | failed: " in said
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(tiny, monkeypatch, capsys):
+def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(tiny, capsys):
     words = ["tiny.py", "--max_steps", "400", "--seed", "0,1", "--epochs", "99"]
     first, second = TOP / "seed=0", TOP / "seed=1"
 
