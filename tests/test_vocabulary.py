@@ -195,7 +195,7 @@ def test_a_checkpoint_carries_its_vocabulary(trained, tmp_path, capsys):
 
 def test_weights_of_another_vocabulary_are_refused(trained, tiny):
     refused("own-.* gpt2", tiny, "--init_from", "out/tiny/best.pt", "--out_dir", "out/b")
-    refused("own-.* gpt2", tiny, "--eval_only")
+    refused("own-.* gpt2", tiny, "--eval_only", "--dataset", "tiny")
 
 
 def test_transformers_reads_the_vocabulary_and_gives_the_same_ids(trained):
