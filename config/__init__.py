@@ -242,6 +242,8 @@ def load_grid(argv, script, cls, lists=()):
     if asked != list(argv):
         file = check(cls, read_config(alone[0])[0])[0] if alone else cls()
         show_help(file, f"python {script} config/NAME.py [--setting value{more} ...]")
+    if not alone and "eval_only" in over:
+        alone = [str(ROOT / "config/own.py")]  # any: what counts is the checkpoint's
     if not alone:
         small = command(script, ROOT / "config/demo.py")
         problems = problems or [f"no config given; `{small}` runs the small one"]

@@ -168,10 +168,10 @@ def entry(run):
 def opening(run, c):
     """(an entry's title, its question, what was expected), from the question that was given, else
     from the config's docstring; that is a quotation where the run departs from it."""
-    doc, file = run.metadata["doc"].strip(), run.metadata.get("file")
-    title, _, text = (c.get("question") or doc).strip().partition("\n")
     # indented lines are the arithmetic: blank lines around make them a block of their own
-    text = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", text)
+    doc = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", run.metadata["doc"].strip())
+    file = run.metadata.get("file")
+    title, _, text = (c.get("question") or doc).strip().partition("\n")
     text, _, expected = text.partition("\nExpected: ")
     if run.metadata.get("departs") and not c.get("question"):
         title, expected, quoted = f"{run.name}, after {file}", "", doc.replace("\n", "\n> ")

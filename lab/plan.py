@@ -18,13 +18,12 @@ def plan_text(config, machine, dataset, model, batches, total_steps):
     step_tokens, run_tokens = batches.step_tokens, total_steps * batches.step_tokens
     micro = micro_batch_size(config, model, machine)
     memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
-    source = f"initialised with seed {config.seed}"
-    source = f"initialised from {config.init_from}" if config.init_from else source
-    last = f"{config.out_dir}/last.pt"
-    source = f"of {last}" if config.resume and os.path.exists(last) else source
+    source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
+    paths = f"{config.out_dir}/last.pt", f"{config.out_dir}/prev.pt"
+    last = next(filter(os.path.exists, paths if config.resume else ()), None)
     lines = {
         "run": f"{config.out_dir} on {machine}",
-        "weights": source,
+        "weights": f"of {last}" if last else f"initialised {source}",
         "parameters": f"{n['total']:,}: embeddings {n['embeddings']:,}, head bias "
         f"{n['head_bias']:,}, blocks {n['blocks']:,}",
         "data": f"{config.dataset}: {tokens:,} training tokens, "
