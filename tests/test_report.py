@@ -121,7 +121,7 @@ def test_the_table_sorts_runs_in_every_format(in_tmp, capsys):
     out, err = capsys.readouterr()
     assert re.findall(r"^\| (\w+) \|", out, re.MULTILINE) == ["run", "big", "small"]
     assert "| big | not finished | wikitext-103 | 0 | 10 | 900 |" in out
-    assert "begun (" in err and "torn (" in err
+    assert "out/begun" in err and "out/torn" in err
     report.main(["out/big", "--format", "csv", "--recorded", "no"])
     (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
     assert row["flops"] == "54000" and Path("out/report-selected.png").exists()
@@ -155,7 +155,7 @@ def test_each_validation_text_has_a_table_of_its_own(in_tmp, capsys):
     assert "| seed |" in second and "learning_rate" not in second
     # two tokenizers: by bits per byte, which is said and drawn
     assert "bits per byte" in first and "bits per byte" not in second
-    both, _ = report.texts_of(["out/a", "out/b", "out/c"], False)
+    both = report.texts_of(map(report.SavedRun, ["out/a", "out/b", "out/c"]), False)
     assert [ax.get_ylabel() for ax in report.draw_curves(both).axes] == list(UNITS.values())[::-1]
     assert report.draw(both).axes[0].get_lines()[0].get_ydata() == [1.0]
 
