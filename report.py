@@ -74,27 +74,22 @@ def recorded_rows():
     return rows
 
 
-def texts_of(folders, recorded):
-    """([the rows of each validation text, the best bits per byte first], what is left out, each run
-    with the reason). The figures of two texts do not compare. If `recorded`, WikiText's rows have
-    what was recorded among them."""
-    texts, left_out = [], []
-    for found in map(SavedRun, folders):
-        if not (found.is_ours and found.evaluations):
-            why = "no evaluation yet" if found.is_ours else "its run.json is not this program's"
-            left_out.append(f"{found.name} ({why})")
-            continue
-        row = row_of(found)
-        same = (t for t in texts if grid.is_same_text(t[0]["val_text"], row["val_text"]))
-        rows = next(same, None)
-        if rows is None:
-            texts.append(rows := [])
-        rows.append(row)
+def texts_of(runs, recorded):
+    """The rows of each validation text, the best bits per byte first: the figures of two texts do
+    not compare. If `recorded`, WikiText's rows have what was recorded among them."""
+    texts = []
+    for row in map(row_of, runs):
+        for rows in texts:
+            if grid.is_same_text(rows[0]["val_text"], row["val_text"]):
+                rows.append(row)
+                break
+        else:
+            texts.append([row])
     for rows in texts:
         is_wikitext = rows[0]["val_text"]["bytes"] == WIKITEXT["bytes"]
         rows += recorded_rows() if recorded and is_wikitext else []
         rows.sort(key=lambda row: row["val_bits_per_byte"] or math.inf)
-    return texts, left_out
+    return texts
 
 
 def measure_of(rows):
@@ -218,14 +213,16 @@ def main(argv=None):
     tops = [os.path.normpath(word) for word in words or ["out"]]
     folders = folders_with("run.json", tops)
     is_sweep = len(tops) == 1 and grid.is_sweep(tops[0])
-    texts, left_out = texts_of(folders, options.recorded)
-    if left_out:
-        print(f"left out: {', '.join(left_out)}", file=sys.stderr)
+    runs = [run for run in map(SavedRun, folders) if run.is_ours and run.evaluations]
+    texts = texts_of(runs, options.recorded)
     missing = [top for top in tops if not os.path.exists(top)]
     if missing or not (texts or is_sweep):
         first = command("train.py", ROOT / "config/demo.py")
         where = " ".join(missing or tops)
         raise UserError(f"there is no run to show in {where}; train one first: `{first}`")
+    shown = {run.folder for run in runs}
+    if left_out := [folder for folder in folders if folder not in shown]:
+        print(f"left out, without an evaluation: {', '.join(left_out)}", file=sys.stderr)
     text = grid.text(grid.read_trials(tops[0])) if is_sweep else markdown(texts)
     if options.format == "md":
         print(text)

@@ -106,10 +106,9 @@ def claim(top, config, trials, this_command, lock):
                 f"{top} holds another sweep, `{old['command']}`: {'; '.join(changed)}; choose "
                 "another --out_dir"
             )
-        runs, steps = runs_of(old, vary), old.get("steps", {})
-        for trial in trials:
-            name = os.path.basename(trial.folder)
-            runs[name], steps[name] = trial.settings, trial.steps
+        runs = {os.path.basename(trial.folder): trial.settings for trial in trials}
+        steps = {os.path.basename(trial.folder): trial.steps for trial in trials}
+        runs, steps = runs_of(old, vary) | runs, old.get("steps", {}) | steps
         sweep = dict(command=this_command, vary=vary, runs=runs, steps=steps, config=new)
         write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
         invite(top)

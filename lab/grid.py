@@ -41,6 +41,7 @@ class Trial:
             # one that ended before its own plan did so by patience or max_hours
             counts = run.final and (self.done == asked or self.done < planned)
             self.state = "finished" if counts else unfinished(folder, self.done)
+        counts = counts and run.is_ours
         self.best = min(evaluations, key=lambda line: line["val_loss"]) if counts else None
 
 
@@ -136,8 +137,11 @@ def text(trials):
     for settings, figures in groups:
         seeds = ", ".join(map(str, figures))
         cells = [settings.get(name, seeds) for name in names]
-        apart = apart_from(groups[0][1], figures) if one_text else "-"
-        rows.append([*cells, with_error(*mean_of(figures)), apart, f"{len(figures)} finished"])
+        apart, error, may_be_chance = difference(figures, groups[0][1])
+        to_best = with_error(apart, error, "+") + (", may be chance" if may_be_chance else "")
+        if not one_text or figures is groups[0][1]:
+            to_best = "best" if one_text else "-"
+        rows.append([*cells, with_error(*mean_of(figures)), to_best, f"{len(figures)} finished"])
     rest = [trial for trial in trials if not trial.best]
     rows += [[*trial.settings.values(), "-", "-", trial.state] for trial in rest]
     parts = [table([*names, measure.replace("_", " "), "to the best", "runs"], rows)]
@@ -151,14 +155,6 @@ def text(trials):
         if trial.best and trial.is_longer:
             parts.append(f"{label(trial.settings)} {trial.state}, and counts as it was then.")
     return "\n\n".join(parts)
-
-
-def apart_from(best, figures):
-    """How far a group is from the best, as a table's cell."""
-    if figures is best:
-        return "best"
-    apart, error, may_be_chance = difference(figures, best)
-    return with_error(apart, error, "+") + (", may be chance" if may_be_chance else "")
 
 
 def with_error(value, error, sign=""):

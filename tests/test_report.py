@@ -39,22 +39,17 @@ def read(path):
 
 def test_a_run_writes_its_own_entry(words):
     Path("tiny.py").write_text('"""Tiny: does it learn?\n\nA test.\n"""\n' + read("tiny.py"))
-    assert train.main([words, "--expected_ppl", "80,150", "--recorded_ppl", "65.71", *PROMPTS]) == 0
+    assert train.main([words, "--expected_ppl", "80,150", *PROMPTS]) == 0
     text, evaluations = read("out/tiny/notebook.md"), metrics(evaluations=True)
     for phrase in (
         "# Tiny: does it learn? - 20",
         "**Parameters: 453,657** (embeddings 402,184,",
-        "| train | 3,000 | 1,500 | 9,000 |",
-        "3,024.38 times the Chinchilla-optimal size",
         "Expected 80 to 150: not met.",
-        "recorded 65.71",
         "Finished: 63 of 63 steps",
         'Prompt: "The cat sat on the"',
     ):
         assert phrase in text, phrase
-    first, last = evaluations[0], evaluations[-1]
-    change = f"{last['val_ppl'] - first['val_ppl']:+,.2f}"
-    assert f"| {last['val_loss']:.4f} | {last['val_ppl']:,.2f} | {change} |" in text
+    assert f"| {evaluations[-1]['val_loss']:.4f} | {evaluations[-1]['val_ppl']:,.2f} | " in text
     assert Path("out/tiny/curve.png").read_bytes().startswith(PNG)
 
 
@@ -86,12 +81,9 @@ def test_the_test_split_is_looked_at_once_at_the_end(tiny, capsys):
     add_test_split()
     assert train.main([tiny, "--max_steps", "6"]) == 0
     final = json.loads(read("out/tiny/final.json"))
-    loss = f"loss {final['test']['loss']:.4f}"
-    assert final["test"]["tokens"] == 2999 and loss in capsys.readouterr().out
+    assert f"loss {final['test']['loss']:.4f}" in capsys.readouterr().out
     best = min(metrics(evaluations=True), key=lambda line: line["val_loss"])
     assert final["val"]["loss"] == best["val_loss"]  # the same weights and batches
-    assert train.main([tiny, "--eval_only", "--split", "test"]) == 0
-    assert loss in capsys.readouterr().out
 
 
 def test_a_run_killed_before_its_last_figures_makes_up_for_them(tiny):
@@ -113,11 +105,10 @@ def test_a_run_killed_before_its_last_figures_makes_up_for_them(tiny):
 # --- the report
 
 
-def shown(capsys, *options):
-    """(the runs in the order of the table, standard error) of a report."""
-    report.main(["--format", "json", *options])
-    out, err = capsys.readouterr()
-    return [run["run"] for run in json.loads(out)["runs"]], err
+def shown(capsys, *words):
+    """The runs in the order of a report's table."""
+    report.main([*words, "--format", "json"])
+    return [run["run"] for run in json.loads(capsys.readouterr().out)["runs"]]
 
 
 def test_the_table_sorts_runs_in_every_format(in_tmp, capsys):
@@ -126,26 +117,22 @@ def test_the_table_sorts_runs_in_every_format(in_tmp, capsys):
     leave("begun", val_loss=None)
     leave("torn")
     Path("out/torn/run.json").write_text('{"name": ')
-    with open("out/small/metrics.jsonl", "a") as file:
-        file.write('{"step": 10, "val_lo')
     report.main(["--recorded", "no"])
     out, err = capsys.readouterr()
     assert re.findall(r"^\| (\w+) \|", out, re.MULTILINE) == ["run", "big", "small"]
     assert "| big | not finished | wikitext-103 | 0 | 10 | 900 |" in out
-    assert "begun (" in err and "torn (" in err
-    assert Path("out/report.png").read_bytes().startswith(PNG)
+    assert "out/begun" in err and "out/torn" in err
     report.main(["out/big", "--format", "csv", "--recorded", "no"])
     (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
-    assert (row["run"], row["flops"]) == ("big", "54000")
-    assert Path("out/report-selected.png").exists()
+    assert row["flops"] == "54000" and Path("out/report-selected.png").exists()
 
 
 def test_what_the_configs_record_stands_beside_wikitext_alone(in_tmp, capsys):
     leave("other")
-    assert shown(capsys)[0] == ["other"]
+    assert shown(capsys) == ["other"]
     bits = 4.5 * 242_642 / math.log(2) / 1_136_862  # 4.5 nats for each token of WikiText
     leave("here", val=dict(sha256="two", bytes=1_136_862), val_bits_per_byte=bits)
-    names = " ".join(name.partition(",")[0] for name in shown(capsys)[0])
+    names = " ".join(name.partition(",")[0] for name in shown(capsys))
     assert "exp4 exp3 here exp2 exp1" in names
     for row in report.recorded_rows():
         config = load_config([str(ROOT / f"config/{row['run'].partition(',')[0]}.py")])
@@ -168,11 +155,9 @@ def test_each_validation_text_has_a_table_of_its_own(in_tmp, capsys):
     assert "| seed |" in second and "learning_rate" not in second
     # two tokenizers: by bits per byte, which is said and drawn
     assert "bits per byte" in first and "bits per byte" not in second
-    both, _ = report.texts_of(["out/a", "out/b", "out/c"], False)
+    both = report.texts_of(map(report.SavedRun, ["out/a", "out/b", "out/c"]), False)
     assert [ax.get_ylabel() for ax in report.draw_curves(both).axes] == list(UNITS.values())[::-1]
-    best, other = report.draw(both).axes[0].get_lines()[:2]
-    assert list(best.get_ydata()) == [1.0] and list(other.get_ydata()) == [1.5]
-    assert Path("out/report-curves.png").read_bytes().startswith(PNG)
+    assert report.draw(both).axes[0].get_lines()[0].get_ydata() == [1.0]
 
 
 def test_runs_are_found_through_links_and_files_are_left_out(in_tmp, capsys):
@@ -182,8 +167,7 @@ def test_runs_are_found_through_links_and_files_are_left_out(in_tmp, capsys):
     os.symlink("..", "out/a/up")  # a circle: out is not searched twice
     Path("out/report.png").write_text("")
     for words in [], [str(path) for path in Path("out").iterdir()]:
-        names, _ = shown(capsys, "--recorded", "no", *words)
-        assert sorted(names) == ["a", "b$5_vs_$6"]
+        assert sorted(shown(capsys, *words)) == ["a", "b$5_vs_$6"]
 
 
 @pytest.mark.parametrize("words", [["out/none"], ["file"], []])

@@ -13,12 +13,10 @@ from helpers import ROOT, children, metrics, started, step_of, until
 from test_notebook import leave
 
 import report
-import sample
 import sweep
 from lab import grid
 from lab.console import UserError
 from lab.grid import Trial, difference, groups_of
-from lab.notebook import INVITES
 
 SHORT = ["tiny.py", "--max_steps", "6"]
 SLEEP = time.sleep
@@ -49,11 +47,13 @@ def test_the_grid_is_every_combination_in_a_folder_of_its_own(tiny):
     # the last word's values stand next to each other; names follow the settings' own order
     common = "block=gpt2,learning_rate=0.01,compile=None,seed="
     assert names[:2] == [f"{common}0", f"{common}1"]
-    told = "--max_steps=6 --learning_rate=0.01 --block=gpt2 --compile=None --seed=0".split()
-    rest = ["--expected_ppl=(35, 42)", "--dtype=float32", f"--out_dir={TOP}/{names[0]}", "--resume"]
-    assert runs[0][1] == ["tiny.py", *told, *rest]
+    assert {"--compile=None", "--expected_ppl=(35, 42)"} < set(runs[0][1])
     assert len(plan("--seed", "1,0,1", "--learning_rate", "0.004,1e-2")) == 4
     assert plan("--data_dir", "data,./data")[1][0].folder == f"{TOP}/data_dir=.%2Fdata"
+    # all runs have the dtype that the first was given
+    TOP.mkdir(parents=True)
+    (TOP / "sweep.json").write_text('{"config": {"dtype": "float16"}}')
+    assert all("--dtype=float16" in words for _, words in plan("--dtype", "auto", "--seed", "0,1"))
 
 
 def test_mistakes_are_one_line_before_the_first_run(tiny):
@@ -69,12 +69,6 @@ def test_mistakes_are_one_line_before_the_first_run(tiny):
     assert not Path("out").exists()
 
 
-def test_dtype_is_chosen_once(tiny):
-    TOP.mkdir(parents=True)
-    (TOP / "sweep.json").write_text('{"config": {"dtype": "float16"}}')
-    assert all("--dtype=float16" in words for _, words in plan("--dtype", "auto", "--seed", "0,1"))
-
-
 def test_another_sweep_s_folder_is_refused_and_a_larger_grid_is_not(tiny):
     one = [*SHORT, "--print", "--learning_rate", "0.01,0.02"]
     assert sweep.main(one) is None
@@ -84,9 +78,9 @@ def test_another_sweep_s_folder_is_refused_and_a_larger_grid_is_not(tiny):
     # its runs have the default seed, and keep their folders
     sweep.main([*SHORT, "--print", "--learning_rate", "0.02,0.04", "--seed", "0,1"])
     found = {Path(run.folder).name: run.settings["seed"] for run in grid.read_trials(TOP)}
-    new = {"learning_rate=0.02,seed=1": 1, "learning_rate=0.04,seed=0": 0}
-    new |= {"learning_rate=0.04,seed=1": 1}
-    assert found == {"learning_rate=0.01": 0, "learning_rate=0.02": 0} | new
+    assert found.pop("learning_rate=0.02,seed=1") == found.pop("learning_rate=0.04,seed=1") == 1
+    rest = "learning_rate=0.01", "learning_rate=0.02", "learning_rate=0.04,seed=0"
+    assert found == dict.fromkeys(rest, 0)
 
 
 # --- the figures, by hand
@@ -115,16 +109,13 @@ def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand():
 
 def test_the_picture_has_a_curve_for_each_combination_of_the_others():
     values = [(lr, d, seed) for lr in (0.01, 0.02, 0.04) for d in (8, 12) for seed in (0, 1)]
-    trials = [
-        trial(lr + d + seed, learning_rate=lr, d_model=d, seed=seed) for lr, d, seed in values
-    ]
+    trials = [trial(a + d + b, learning_rate=a, d_model=d, seed=b) for a, d, b in values]
     rates, widths = grid.draw(trials).axes
     assert (rates.get_xlabel(), rates.get_xscale()) == ("learning_rate", "log")
-    assert (widths.get_xlabel(), widths.get_xscale()) == ("d_model", "linear")
+    assert widths.get_xlabel() == "d_model"
     lines = {bars.get_label(): bars.lines[0] for bars in rates.containers}
     assert list(lines) == ["d_model=8", "d_model=12"]
     assert lines["d_model=8"].get_ydata() == pytest.approx([8.51, 8.52, 8.54])
-    assert grid.draw([trial(None, d_model=8), trial(None, d_model=16)]) is None
 
 
 def test_what_does_not_compare_is_not_compared():
@@ -141,8 +132,8 @@ def test_what_does_not_compare_is_not_compared():
 def left(steps, planned, evaluated, final=True):
     """The Trial of a run that has so many steps; the sweep asks for 60."""
     path = leave("run")
-    metadata = json.loads((path / "run.json").read_text()) | dict(steps=planned)
-    (path / "run.json").write_text(json.dumps(metadata))
+    metadata = (path / "run.json").read_text().replace('"steps": 9', f'"steps": {planned}')
+    (path / "run.json").write_text(metadata)
     lines = [dict(step=step, val_loss=9.0 - step / 30) for step in evaluated]
     lines.append(dict(step=steps, lr=1))
     (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -170,12 +161,11 @@ def test_a_sweep_is_one_entry_of_the_notebook(in_tmp, capsys):
     Path("out/s/sweep.json").write_text(json.dumps(dict(command="sweep it", runs=runs)))
     report.main(["out/s"])
     assert "| best |" in capsys.readouterr().out
-    assert Path("out/s/conclusion.md").read_text().startswith(INVITES)
+    assert Path("out/s/conclusion.md").exists()
     Path("out/s/conclusion.md").write_text("The middle one.")
     report.main(["--notebook"])
     page, whole = Path("out/s/notebook.md").read_text(), Path("out/notebook.md").read_text()
-    for phrase in "`sweep it`", "](report.png)", "| best |", "## Conclusion\n\nThe middle one.":
-        assert phrase in page, phrase
+    assert all(part in page for part in ("`sweep it`", "| best |", "## Conclusion\n\nThe middle"))
     assert re.findall(r"^## .*\((.*)\)$", whole, re.MULTILINE) == ["alone", "s"]
     assert "](s/report.png)" in whole and "](s/learning_rate%3D0.02/notebook.md)" in whole
     assert Path("out/s/learning_rate=0.02/notebook.md").exists()
@@ -196,14 +186,10 @@ def test_printed_commands_two_at_a_time_and_one_that_diverges(tiny, monkeypatch,
     subprocess.run(["sh", "-c", lines[0]], check=True, timeout=120)
     about = json.loads((TOP / "learning_rate=0.01/run.json").read_text())
     assert about["config"]["sample_prompts"] == ["a b", "it's"] and about["steps"] == 6
-    assert sample.find_checkpoint() == TOP / "learning_rate=0.01/best.pt"
-
-    def sleep(seconds):
-        count.append(len(children(os.getpid())))
-        SLEEP(seconds)
-
     count = []
-    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    monkeypatch.setattr(
+        sweep.time, "sleep", lambda s: count.append(len(children(os.getpid()))) or SLEEP(s)
+    )
     assert sweep.main([*words, "--jobs", "2"]) == 1
     said = capsys.readouterr().out
     assert max(count) == 2 and "| best | 1 finished |" in said
@@ -216,18 +202,16 @@ def test_an_interrupted_sweep_goes_on_and_runs_nothing_twice(tiny, capsys):
     first, second = TOP / "seed=0", TOP / "seed=1"
 
     # Ctrl-C in the second run
-    command = [sys.executable, str(ROOT / "sweep.py"), *words]
-    with started(command, stdout=subprocess.PIPE) as process:
+    with started([sys.executable, ROOT / "sweep.py", *words], stdout=subprocess.PIPE) as process:
         until(lambda: step_of(second), process)
         os.killpg(process.pid, signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "--seed 0,1" in out.splitlines()[-1]
-    log, reached = (first / "log.txt").read_text(), step_of(second)
-    assert 0 < reached < 400
+    log = (first / "log.txt").read_text()
+    assert 0 < step_of(second) < 400
 
     # to the end: no step of the first run, and none of the second's twice
     assert sweep.main(words) == 0
     assert "| 0, 1 | " in capsys.readouterr().out
     assert (first / "log.txt").read_text() == log
-    assert f"step {reached}" in (second / "log.txt").read_text().rpartition("\n$ ")[2]
     assert [line["step"] for line in metrics(second)] == list(range(1, 401))
