@@ -75,14 +75,14 @@ def find_checkpoint(out_dir=None):
         fix = command("train.py", ROOT / "config/demo.py")
         raise UserError(f"no checkpoint in {top}; train a model first: `{fix}`")
     if is_sweep:
-        return min(paths, key=validation_loss)
+        return min(paths, key=bits_per_byte)
     newest = max(paths, key=lambda path: path.stat().st_mtime_ns).parent
     return next(path for path in paths if path.parent == newest)
 
 
-def validation_loss(path):
-    """The loss of a checkpoint's run, nats per token; infinite if the run is not finished."""
-    return read_json(path.with_name("final.json")).get("val", {}).get("loss", math.inf)
+def bits_per_byte(path):
+    """Those of a checkpoint's run on validation; infinite if the run is not finished."""
+    return read_json(path.with_name("final.json")).get("val", {}).get("bits_per_byte", math.inf)
 
 
 def lay_out_for_one(model):

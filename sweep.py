@@ -54,6 +54,8 @@ def jobs_of(argv):
     varied = {name for name in names if len({getattr(config, name) for config in configs}) > 1}
     if not varied:
         raise UserError("no setting has several values; try --seed 0,1,2")
+    if first.eval_only:
+        raise UserError("a sweep cannot be combined with eval_only; use --eval_only False")
 
     # a run that an earlier command began, with fewer settings varied, keeps its folder
     top = first.out_dir if "out_dir" in given else os.path.join("out", f"{first.name}-sweep")
