@@ -21,8 +21,8 @@
 #     PYTHON=python3
 #     TOY=1          all of it at toy size on a CPU, to see that it runs
 #
-# Data sets are datasets.py's. Settings are compared on choose, since WikiText's validation is looked
-# at for the final runs alone. docs/experiments.md has the results.
+# Data sets are datasets.py's. Settings are compared on choose, since WikiText's validation is
+# looked at for the final runs alone. docs/experiments.md has the results.
 # shellcheck disable=SC2329 # functions are called by their names
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -164,9 +164,9 @@ baseline() {
 # standard errors, and an epoch of experiment 6 confirms it. The trapezoid is beside the cosine in
 # full epochs, since short runs favour fast starters.
 #
-# These need code first: the trapezoid's fall over the last 70 and 100 % of the steps; AdamW's
-# weight decay apart from Muon's; Muon's momentum from 0.85 to 0.95 over 300 steps; leaky ReLU(0.5)
-# squared; a gain per head on normalised queries, from 1, 2 and 4. What does not land leaves no line.
+# These need code first, which stays only where it wins: the trapezoid's fall over the last 70 and
+# 100 % of the steps; AdamW's weight decay apart from Muon's; Muon's momentum from 0.85 to 0.95 over
+# 300 steps; leaky ReLU(0.5) squared; a gain per head on normalised queries, from 1, 2 and 4.
 recipe() {
     sweep recipe/rate exp6 --learning_rate 3e-3,6e-3,1e-2 --seed "$seeds"
     sweep recipe/decay exp6_small --weight_decay 0.01,0.03,0.1 --seed "$seeds"
