@@ -126,7 +126,9 @@ def entry(run):
     n, data, names = metadata["parameters"], metadata["data"], ("tokens", "words", "bytes")
     settings = [[key, c[key]] for key in [*SHAPE, "init_from"] if c.get(key, "") != ""]
     sizes = [[split, *(show(counts[k]) for k in names)] for split, counts in data["splits"].items()]
-    N, D = n["total"], data["splits"]["train"]["tokens"]
+    train = data["splits"]["train"]
+    N, D = n["total"], train["tokens"]
+    rows = metadata["vocab_size"] * c["d_model"] + n["head_bias"]  # the vocabulary's
     planned = metadata["steps"] * metadata["step_tokens"]
     muon = f"Muon for the blocks' matrices, lr {c['muon_learning_rate']:g}, and "
     words = written(read_bytes(f"{run.folder}/conclusion.md"))
@@ -141,8 +143,10 @@ def entry(run):
         f"**Parameters: {N:,}** (embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, "
         f"blocks {n['blocks']:,}), {metadata['flops_per_token']:,} FLOPs per token of training",
         "## Data",
-        f"{c['dataset']}, from {data['source']}, tokenizer {data['tokenizer']}, separator "
-        f"{data['separator']}",
+        f"{c['dataset']}, from {data['source']}, separator {data['separator']}. Vocabulary: "
+        f"{metadata['vocab_size']:,} tokens ({data['tokenizer']}) of "
+        f"{train['bytes'] / train['tokens']:.2f} bytes; their rows are {rows / N:.0%} of the "
+        "parameters.",
         table(["split", *names], sizes),
         f"D / N, training tokens per parameter: {D / N:.2f} in one epoch, "
         f"{run.last['tokens'] / N:.2f} so far, {planned / N:.2f} in the run as planned. "

@@ -62,6 +62,7 @@ def test_mistakes_are_one_line_before_the_first_run(tiny):
         (words, ("learning_rate", "'x'", "num_heads 3", "sed", "jobs")),
         ("--dataset none --seed 0,1", ("data set none",)),
         ("--seed 3", ("--seed 0,1,2",)),
+        ("--seed 0,1 --eval_only", ("eval_only",)),
     ):
         with pytest.raises(UserError) as error:
             sweep.main([*SHORT, *line.split()])
