@@ -33,7 +33,7 @@ def micro_batch_size(config, model, machine):
     sizes = range(rows, 1, -1)
     fits = next((n for n in sizes if model.memory_bytes(n, machine.dtype, kind) <= budget), 1)
     # GPUs may differ, and an evaluation is cut alike on all of them
-    fits = int(machine.smallest(fits)[0])
+    fits = min(machine.gather(fits))
     return math.ceil(all_rows / math.ceil(all_rows / fits))
 
 
