@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from config import load_config
 from lab.data import Batches, Dataset
 from lab.folder import load_checkpoint, read_lines, save_checkpoint
 from lab.machine import Machine
-from lab.trainer import Trainer, tokens_on, windows
+from lab.trainer import Trainer
 from lab.weights import new_model
 
 ROOT = Path(__file__).parent.parent
@@ -146,8 +147,9 @@ sample_prompts = ()
 
 def rows_of(batches, i, rank=0, world=1):
     """The rows of batch i that a rank trains on, (rows, max_seq_len + 1) int64."""
+    tokens = torch.from_numpy(batches.tokens.view(np.int16))
     starts = torch.from_numpy(batches.starts(i, rank, world))
-    return windows(tokens_on(CPU, batches.tokens), starts, batches.max_seq_len + 1).numpy()
+    return Trainer.rows(SimpleNamespace(tokens=tokens, batches=batches), starts).numpy()
 
 
 def load_tokens(name, split, data_dir="data"):
