@@ -33,7 +33,7 @@ def number(name, out):
 
 
 def test_bench_says_how_fast_and_leaves_a_trace(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "matmul_peak", lambda machine, dtype: 2e9)
+    monkeypatch.setattr(bench, "matmul_peak", lambda machine: 2e9)
     assert not bench.main(["tiny.py", "--steps", "4", "--profile", "--dropout", "0"])
     out = capsys.readouterr().out
     low, median, high = (number(name, out) for name in ("minimum", "median", "maximum"))
@@ -44,7 +44,7 @@ def test_bench_says_how_fast_and_leaves_a_trace(tiny, capsys, monkeypatch):
 
 
 def test_the_shape_is_that_of_init_from(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "matmul_peak", lambda machine, dtype: 2e9)
+    monkeypatch.setattr(bench, "matmul_peak", lambda machine: 2e9)
     shape = dict(max_seq_len=8, d_model=4, num_heads=1, d_ff=8, num_layers=1, block="gpt2")
     args = dict(shape, vocab_size=512, dropout=0.0, head_bias=True)
     save_checkpoint(
