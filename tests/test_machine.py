@@ -86,8 +86,7 @@ def test_the_faster_dtype_is_chosen_and_a_near_tie_is_float32(
 
 
 def test_a_matmul_is_measured_at_any_width():
-    for width in 1, 2_000_000:
-        assert machine.matmul_ms(torch.float32, width) > 0
+    assert machine.matmul_ms(torch.float32, 1) > 0 and machine.matmul_ms(torch.bfloat16, 10**9) > 0
 
 
 @pytest.mark.parametrize("more", [(), MODERN])
