@@ -54,9 +54,7 @@ def new_trainer(config, machine):
 def bench(config, machine, trainer):
     """Time config.steps training steps, and print what came of it."""
     # the first steps, and the machine's peak before and after
-    first = seconds(machine, trainer.step, 0)
-    for i in range(1, WARM_UP):
-        seconds(machine, trainer.step, i)
+    first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
     memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
     peaks = [matmul_peak(machine)]
     bar = progress(config.steps, "timing", unit="step", leave=False, disable=machine.rank > 0)

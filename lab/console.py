@@ -124,12 +124,11 @@ def stop_signals(quiet=False):
         seen.append(time.monotonic())
         # torchrun sends the first Ctrl-C twice
         at_once = number == signal.SIGINT and seen[-1] - seen[0] > 1
-        text = "ended at once" if at_once else "stopping after this step; Ctrl-C again ends at once"
-        if not quiet and (at_once or len(seen) == 1):
-            with contextlib.suppress(OSError):
-                os.write(2, f"\n{text}\n".encode())  # the signal may have come amid a print()
         if at_once:
             os._exit(1)
+        if not quiet and len(seen) == 1:
+            with contextlib.suppress(OSError):  # not print(), amid which the signal may have come
+                os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it

@@ -78,10 +78,10 @@ class Trainer:
         A step whose loss or gradient is not finite changes neither weights nor optimizers.
         """
         if self.take_step is None:
-            self.take_step = self.first_step()
+            self.take_step = self.choose_step()
         return self.take_step(i)
 
-    def first_step(self):
+    def choose_step(self):
         """What takes the steps: a CUDA graph; or, with a line where that fails on any rank, the
         eager step, for which DDP averages gradients over ranks."""
         say = self.machine.say
