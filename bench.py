@@ -6,6 +6,7 @@
 Takes train.py's own steps, on random tokens, so that no data set is needed.
 """
 
+import functools
 import os
 import resource
 import statistics
@@ -53,18 +54,16 @@ def new_trainer(config, machine):
 def bench(config, machine, trainer):
     """Time config.steps training steps, and print what came of it."""
     # the first steps, and the machine's peak before and after
-    first = seconds(machine, trainer.step, 0)
-    for i in range(1, WARM_UP):
-        seconds(machine, trainer.step, i)
+    first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
     memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
-    peaks = [best_peak(machine)]
+    peaks = [matmul_peak(machine)]
     bar = progress(config.steps, "timing", unit="step", leave=False, disable=machine.rank > 0)
     times = []
     for i in range(config.steps):
         times.append(seconds(machine, trainer.step, WARM_UP + i))
         bar.update()
     bar.close()
-    peaks.append(best_peak(machine))
+    peaks.append(matmul_peak(machine))
 
     # what came of it
     speeds = [trainer.batches.step_tokens / t for t in times]
@@ -90,31 +89,29 @@ def bench(config, machine, trainer):
         profile(machine, trainer.step, WARM_UP + config.steps, config.out_dir)
 
 
-def seconds(machine, step, i):
-    """How long step i takes, waited for."""
+def seconds(machine, function, *args):
+    """How long function(*args) takes, waited for."""
     began = time.perf_counter()
-    step(i)
+    function(*args)
     machine.wait()
     return time.perf_counter() - began
 
 
-def matmul_peak(machine, dtype, limit=0.5):
-    """FLOP/s of this rank on square matrices of dtype, the median; timed for `limit` seconds."""
+def matmul_peak(machine):
+    """FLOP/s of all ranks on square matrices, in the dtype that this machine multiplies faster; the
+    median of half a second."""
     n = 2048 if machine.device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
-    out, times = torch.empty_like(a), []
-    while sum(times) < limit:
-        times.append(seconds(machine, lambda _: torch.mm(a, b, out=out), 0))
-    return 2 * n**3 / statistics.median(times)
-
-
-def best_peak(machine):
-    """FLOP/s of all ranks in the dtype that this machine multiplies faster."""
     dtypes = {torch.float32, machine.dtype}
     if machine.device.type == "cpu" and has_bfloat16():
         dtypes.add(torch.bfloat16)
-    dtypes = sorted(dtypes, key=str)  # in one order on all ranks
-    return max(sum(machine.gather(matmul_peak(machine, dtype))) for dtype in dtypes)
+    peaks = []
+    for dtype in sorted(dtypes, key=str):  # in one order on all ranks
+        a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
+        multiply, times = functools.partial(torch.mm, a, b, out=torch.empty_like(a)), []
+        while sum(times) < 0.5:
+            times.append(seconds(machine, multiply))
+        peaks.append(sum(machine.gather(2 * n**3 / statistics.median(times))))
+    return max(peaks)
 
 
 def peak_bytes(device):
@@ -130,11 +127,11 @@ def tell_device(machine, name, step, start):
     kernels, and how much of the time it is busy."""
     alone = statistics.median(seconds(machine, step, start + i) for i in range(20))
 
-    def many(i):
-        for k in range(20):
-            step(start + i * 20 + k)
+    def many(first):
+        for i in range(first, first + 20):
+            step(i)
 
-    together = min(seconds(machine, many, i) for i in range(1, 4)) / 20
+    together = min(seconds(machine, many, start + 20 * turn) for turn in (1, 2, 3)) / 20
     with torch.profiler.profile() as profiler:
         seconds(machine, step, start)
     cuda = torch.autograd.DeviceType.CUDA

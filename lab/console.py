@@ -42,17 +42,14 @@ def python():
     return "python" if known else shlex.quote(nearby(sys.executable))
 
 
-def torchrun(processes):
-    """The command that starts the script named after it in several processes."""
-    return f"{python()} -m torch.distributed.run --nproc_per_node={processes}"
-
-
 def command(script, *words, processes=1):
     """The command that runs a script of this program, typed in the current folder. Words that are
     Paths are shown relative to that folder."""
-    start = torchrun(processes) if processes > 1 else python()
     shown = [nearby(word) if isinstance(word, Path) else str(word) for word in words]
-    return " ".join([start, *map(shlex.quote, [nearby(ROOT / script), *shown])])
+    line = " ".join(map(shlex.quote, [nearby(ROOT / script), *shown]))
+    if processes > 1:
+        line = f"-m torch.distributed.run --nproc_per_node={processes} {line}"
+    return f"{python()} {line}"
 
 
 # --- output
@@ -62,16 +59,17 @@ class Output(io.FileIO):
     """Standard output or error. What a full disk or a closed terminal refuses is dropped, so that
     no run is lost because its log cannot be written."""
 
-    strict = False  # whether the first write that fails raises its OSError
-    failed = None  # that error
+    strict = False  # whether a write that fails ends the process instead
 
     def write(self, data):
         try:
             return super().write(data) or len(data)  # None: a pipe that does not block is full
         except OSError as error:
-            if self.strict and not self.failed:
-                self.failed = error
-                raise
+            if self.strict:
+                if not isinstance(error, BrokenPipeError):  # as `| head` closes it
+                    text = f"error: cannot write to standard output: {error.strerror}"
+                    print(text, file=sys.stderr, flush=True)
+                os._exit(1)
             return len(data)
 
 
@@ -126,12 +124,11 @@ def stop_signals(quiet=False):
         seen.append(time.monotonic())
         # torchrun sends the first Ctrl-C twice
         at_once = number == signal.SIGINT and seen[-1] - seen[0] > 1
-        text = "ended at once" if at_once else "stopping after this step; Ctrl-C again ends at once"
-        if not quiet and (at_once or len(seen) == 1):
-            with contextlib.suppress(OSError):
-                os.write(2, f"\n{text}\n".encode())  # the signal may have come amid a print()
         if at_once:
             os._exit(1)
+        if not quiet and len(seen) == 1:
+            with contextlib.suppress(OSError):  # not print(), amid which the signal may have come
+                os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
@@ -154,7 +151,6 @@ def run(main, strict=False):
         if not hasattr(os, "sysconf"):
             raise UserError("this program runs on Linux and macOS; on Windows, run it in WSL")
         code = main() or 0
-        sys.stdout.flush()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has printed the error
@@ -163,14 +159,9 @@ def run(main, strict=False):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 1
-    except OSError as error:
-        if error is not sys.stdout.buffer.raw.failed:
-            raise
-        if not isinstance(error, BrokenPipeError):  # as `| head` closes it
-            print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr)
-        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
     if "LOCAL_RANK" in os.environ:
         # gloo's threads may still hold tensors, which would abort the process as Python ends
-        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

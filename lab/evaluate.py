@@ -23,15 +23,6 @@ def spans(predicted, context, stride):
     return windows
 
 
-def window_rows(tokens, windows, rows, context):
-    """The windows' tokens, (rows, context + 1) int64. Short windows are padded on the right, and a
-    short batch by empty rows: all forward passes have one shape."""
-    chunk = np.zeros((rows, context + 1), dtype=np.int64)
-    for row, (start, end, _) in zip(chunk, windows, strict=False):
-        row[: end - start + 1] = tokens[start : end + 1]
-    return torch.from_numpy(chunk)
-
-
 def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
     """The loss over a whole split, in order, every token but the first predicted once.
 
@@ -54,7 +45,11 @@ def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
             if stopped():
                 ended = 1
                 break
-            chunk = window_rows(split.tokens, batch, rows, context).to(machine.device)
+            # all forward passes have one shape: short windows and short batches are padded
+            chunk = np.zeros((rows, context + 1), dtype=np.int64)
+            for row, (start, end, _) in zip(chunk, batch, strict=False):
+                row[: end - start + 1] = split.tokens[start : end + 1]
+            chunk = torch.from_numpy(chunk).to(machine.device)
             with machine.autocast():
                 losses = model.token_losses(chunk[:, :-1], chunk[:, 1:]).cpu().double()
             for row, (start, end, first) in zip(losses, batch, strict=False):

@@ -1,17 +1,15 @@
 """Where a process runs: its device, its compute dtype, its place among the ranks."""
 
 import contextlib
-import math
 import os
 import platform
 import re
 import sys
-import time
+import timeit
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +26,7 @@ class Machine:
     rank: int = 0
     world: int = 1
     local_world: int = 1  # ranks on this computer
+    local_rank: int = 0  # this one's number among them
     why: str = ""  # this dtype, where it was chosen
 
     def __str__(self):
@@ -39,11 +38,10 @@ class Machine:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else platform.processor() or platform.machine()
+        text = info.read_text() if info.exists() else ""
+        name = re.search(r"^model name\s*: (.+)", text, re.M)
         cores = torch.get_num_threads()
-        return f"{cores} core{'s' * (cores > 1)} of {name}"
+        return f"{cores} core{'s' * (cores > 1)} of {name[1] if name else platform.machine()}"
 
     def memory(self):
         """Bytes that this process can count on: its GPU's, or its share of the computer's."""
@@ -84,10 +82,6 @@ class Machine:
         """Each value's largest over all ranks, a list of floats."""
         return self.reduce(*values, op=dist.ReduceOp.MAX)
 
-    def smallest(self, *values):
-        """Each value's smallest over all ranks, a list of floats."""
-        return self.reduce(*values, op=dist.ReduceOp.MIN)
-
     def gather(self, value):
         """The value of every rank, a list."""
         values = [value] * self.world
@@ -122,47 +116,39 @@ class Machine:
         return result[0]
 
 
-class Ranks(NamedTuple):
-    """A process's place among those that torchrun started."""
-
-    rank: int
-    world: int
-    local_rank: int  # among those on this computer
-    local_world: int
-
-
 def ranks_of(environment):
-    """The Ranks that torchrun's variables tell. Without its mark there is one process, since a
-    cluster may have left variables of the same names."""
-    if "TORCHELASTIC_RUN_ID" not in environment:
-        return Ranks(0, 1, 0, 1)
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
-    return Ranks(*(int(environment[name]) for name in names))
+    """A Machine with the ranks that torchrun's variables tell, its device still to be chosen.
+    Without torchrun's mark there is one process: a cluster may have left variables like these."""
+    ranks = ()
+    if "TORCHELASTIC_RUN_ID" in environment:
+        names = "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK"
+        ranks = [int(environment[name]) for name in names]
+    return Machine(torch.device("cpu"), torch.float32, *ranks)
 
 
-def choose_device(config, ranks):
-    """The torch.device of a process. Raises UserError if there is none for it."""
+def choose_device(config, machine):
+    """The torch.device of a machine's process. Raises UserError if there is none for it."""
     kind, _, index = config.device.partition(":")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = dict(cpu=ranks.local_world, cuda=gpus, mps=int(torch.backends.mps.is_available()))
+    there = dict(cpu=machine.local_world, cuda=gpus, mps=int(torch.backends.mps.is_available()))
     if kind == "auto":
         kind = "cuda" if gpus else "cpu"
-    wanted = max(ranks.local_world, int(index or 0) + 1)
+    wanted = max(machine.local_world, int(index or 0) + 1)
     if wanted > there[kind]:
         raise UserError(
             f"there are {there[kind]} {kind} devices, and device {config.device} in "
-            f"{ranks.local_world} processes takes {wanted}; use --device cpu or fewer processes"
+            f"{machine.local_world} processes takes {wanted}; use --device cpu or fewer processes"
         )
     if config.cuda_graph and kind != "cuda":
         raise UserError(f"cuda_graph needs a CUDA device, and this is {kind}; leave it out")
-    if config.batch_size < ranks.world:
+    if config.batch_size < machine.world:
         raise UserError(
-            f"batch_size {config.batch_size} leaves some of {ranks.world} ranks without a "
+            f"batch_size {config.batch_size} leaves some of {machine.world} ranks without a "
             "sequence; start fewer"
         )
     if kind != "cuda":
         return torch.device(kind)
-    return torch.device("cuda", int(index) if index and ranks.world == 1 else ranks.local_rank)
+    return torch.device("cuda", int(index) if index and machine.world == 1 else machine.local_rank)
 
 
 def choose_dtype(config, machine):
@@ -176,30 +162,22 @@ def choose_dtype(config, machine):
     if kind != "cpu" or not has_bfloat16():
         return torch.float32, ""
     # a CPU that has the instruction may still be slower with it
-    full, low = matmul_ms(config.d_model)
+    full, low = (matmul_ms(dtype, config.d_model) for dtype in (torch.float32, torch.bfloat16))
     why = f"measured: float32 {full:.1f} ms, bfloat16 {low:.1f} ms"
     return torch.bfloat16 if low < 0.9 * full else torch.float32, why
 
 
 def has_bfloat16():
     """Whether the CPU multiplies bfloat16 by itself. Emulated it is slower than float32."""
-    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
-def matmul_ms(d_model):
-    """(in float32, in bfloat16): milliseconds of a part of the head's matmul, which is most of a
-    small model's work. The least of eight, in turn, since other work may come between."""
+def matmul_ms(dtype, d_model):
+    """Milliseconds of a part of the head's matmul, which is most of a small model's work. The least
+    of eight, since other work may come between."""
     width = min(d_model, 1024)  # wider ones give the same answer
-    x, weight = torch.randn(256, width), torch.randn(8192, width)
-    pairs = (x, weight), (x.bfloat16(), weight.bfloat16())
-    least = [math.inf, math.inf]
-    for _ in range(8):
-        for i, (left, right) in enumerate(pairs):
-            began = time.perf_counter()
-            left @ right.t()
-            least[i] = min(least[i], 1000 * (time.perf_counter() - began))
-    return least
+    x, weight = (torch.randn(n, width).to(dtype) for n in (256, 8192))
+    return 1000 * min(timeit.repeat(lambda: x @ weight.t(), number=1, repeat=8))
 
 
 @contextlib.contextmanager
@@ -210,23 +188,42 @@ def open_machine(config):
     # fifth as much to touch.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     check_compile_cache()
-    ranks = ranks_of(os.environ)
-    device = choose_device(config, ranks)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+
+    # where this process runs
+    machine = ranks_of(os.environ)
+    machine.device = choose_device(config, machine)
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    if device.type == "cpu" and ranks.local_world > 1 and threads == "1":
+    if machine.device.type == "cpu" and machine.local_world > 1 and threads == "1":
         # torchrun would leave each process one
-        torch.set_num_threads(max(1, cpu_cores() // ranks.local_world))
-    machine = Machine(device, torch.float32, ranks.rank, ranks.world, ranks.local_world)
-    if ranks.world == 1:
+        torch.set_num_threads(max(1, cpu_cores() // machine.local_world))
+    if machine.world == 1:
         yield machine
         return
-    join(device, config.rank_timeout)
+
+    # among ranks
+    backend = "cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo"
+    minutes = config.rank_timeout
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    except RuntimeError as error:
+        raise UserError(
+            f"not all ranks have begun within {minutes:g} minutes ({first_line(error)[:150]}); "
+            "start them together, or raise --rank_timeout"
+        ) from None
     try:
         yield machine
-    except RuntimeError as error:
-        end_process(error, ranks)
+    except RuntimeError:
+        # leaving the group would wait for what the others began
+        traceback.print_exc()
+        print(
+            f"error: rank {machine.rank} of {machine.world} ends by the error above, or since "
+            "another rank is lost; --resume goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
     finally:
         dist.destroy_process_group()
 
@@ -240,32 +237,3 @@ def check_compile_cache():
     if folder and not os.access(folder, os.W_OK):
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
         warn(f"TORCHINDUCTOR_CACHE_DIR {folder} cannot be written; going on without it")
-
-
-def join(device, minutes):
-    """Join the other ranks. Raises UserError if one of them has not begun in time."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-    except RuntimeError as error:
-        raise UserError(
-            f"not all ranks have begun within {minutes:g} minutes ({first_line(error)[:150]}); "
-            "start them together, or raise --rank_timeout"
-        ) from None
-
-
-def end_process(error, ranks):
-    """End this process, exit code 1, after a RuntimeError among ranks: with one line where another
-    rank is lost. Never returns: to leave the group would wait for what the others began."""
-    lost = "gloo|nccl|connection|timed out|timeout"
-    if isinstance(error, dist.DistError) or re.search(lost, str(error), re.I):
-        print(
-            f"error: rank {ranks.rank} of {ranks.world} lost another rank "
-            f"({first_line(error)[:150]}); the steps since the last checkpoint are lost; resume "
-            "with --resume",
-            file=sys.stderr,
-            flush=True,
-        )
-    else:
-        traceback.print_exc()
-    os._exit(1)

@@ -20,21 +20,20 @@ def micro_batch_size(config, model, machine):
 
     It depends on the device's size, not on what is free just now, so that a resumed run cuts alike.
     """
-    all_rows = rows = math.ceil(config.batch_size / machine.world)
+    rows = math.ceil(config.batch_size / machine.world)
     if config.micro_batch_size:
         return min(config.micro_batch_size, rows)
     kind, context = machine.device.type, model.args["max_seq_len"]
-    if kind == "mps":
-        rows = min(rows, max(1, 32766 // context))  # see head_loss()
-    if kind == "cpu":
-        rows = min(rows, max(1, 1024 // context))  # more is no faster, and takes more memory
+    # on a CPU more is no faster, and takes more memory; on MPS see head_loss()
+    tokens = {"cpu": 1024, "mps": 32766}.get(kind, rows * context)
     # on CUDA the rest is for evaluations, which cannot use what a graph holds
     budget = machine.memory() * (0.7 if kind == "cuda" else 0.5)
-    sizes = range(rows, 1, -1)
-    fits = next((n for n in sizes if model.memory_bytes(n, machine.dtype, kind) <= budget), 1)
+    fits = min(rows, max(1, tokens // context))
+    while fits > 1 and model.memory_bytes(fits, machine.dtype, kind) > budget:
+        fits -= 1
     # GPUs may differ, and an evaluation is cut alike on all of them
-    fits = int(machine.smallest(fits)[0])
-    return math.ceil(all_rows / math.ceil(all_rows / fits))
+    fits = min(machine.gather(fits))
+    return math.ceil(rows / math.ceil(rows / fits))
 
 
 def compiles(machine):
@@ -59,14 +58,17 @@ class Trainer:
         self.optimizers = make_optimizers(config, model)
         half = machine.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
-        self.tokens = tokens_on(machine, batches.tokens)
+        # the bits of uint16, with which torch can do little; on a GPU that holds ten times as much
+        self.tokens = torch.from_numpy(batches.tokens.view(np.int16))
+        if machine.device.type == "cuda" and self.tokens.nbytes <= machine.memory() / 10:
+            self.tokens = self.tokens.to(machine.device)
         wanted = machine.device.type == "cuda" if config.compile is None else config.compile
         self.compiled = wanted and compiles(machine)
         if self.compiled:
             model.compile_parts()
         alone = machine.device.type == "cuda" and machine.world == 1
         self.graphed = not half and (alone if config.cuda_graph is None else config.cuda_graph)
-        self.forward = model  # over ranks DDP, see eager()
+        self.forward = model  # DDP, where steps are eager over ranks
         self.take_step = None  # eager_step or a GraphedStep, from the first step on
 
     def step(self, i):
@@ -76,30 +78,28 @@ class Trainer:
         A step whose loss or gradient is not finite changes neither weights nor optimizers.
         """
         if self.take_step is None:
-            if self.compiled or self.graphed:
-                self.machine.say("the first step compiles, which takes up to a minute")
-            self.take_step = self.captured_step() if self.graphed else self.eager()
+            self.take_step = self.choose_step()
         return self.take_step(i)
 
-    def captured_step(self):
-        """The step as a CUDA graph, or the eager one, with a line, where that fails on any rank."""
-        capture, step, why = Capture(self.machine.device), None, ""
-        try:
-            step = GraphedStep(self, capture)
-        except RuntimeError as error:
-            why = capture.give_up(error)
-        failed = [reason for reason in self.machine.gather(why) if reason]
-        if not failed:
-            return step
-        self.machine.say(f"no CUDA graph ({failed[0]}); going on step by step")
-        self.graphed = False
-        self.model.zero_grad(set_to_none=True)
-        for group in self.groups():
-            as_eager(group)
-        return self.eager()
-
-    def eager(self):
-        """The step that is launched operation by operation. Over ranks DDP averages gradients."""
+    def choose_step(self):
+        """What takes the steps: a CUDA graph; or, with a line where that fails on any rank, the
+        eager step, for which DDP averages gradients over ranks."""
+        say = self.machine.say
+        if self.compiled or self.graphed:
+            say("the first step compiles, which takes up to a minute")
+        if self.graphed:
+            capture, why = Capture(self.machine.device), ""
+            try:
+                graphed_step = GraphedStep(self, capture)
+            except RuntimeError as error:
+                why = capture.give_up(error)
+            failed = [reason for reason in self.machine.gather(why) if reason]
+            if not failed:
+                return graphed_step
+            say(f"no CUDA graph ({failed[0]}); going on step by step")
+            self.graphed = False
+            self.model.zero_grad(set_to_none=True)
+            make_eager(self.groups())
         if self.machine.world > 1:
             self.forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         return self.eager_step
@@ -138,8 +138,11 @@ class Trainer:
         return starts.pin_memory() if self.machine.device.type == "cuda" else starts
 
     def rows(self, starts):
-        """The tokens of windows and of their targets: (rows, T + 1) int64, where the tokens are."""
-        return windows(self.tokens, starts, self.batches.max_seq_len + 1)
+        """The tokens of windows and of their targets, taken as a ring: (rows, T + 1) int64, where
+        the tokens are."""
+        reach = torch.arange(self.batches.max_seq_len + 1, device=starts.device)
+        bits = self.tokens[(starts[:, None] + reach) % len(self.tokens)]
+        return bits.long() & 0xFFFF
 
     def backward(self, rows):
         """Form the gradients of this rank's rows, summed over micro-batches. Returns its share of
@@ -193,8 +196,7 @@ class Trainer:
         """Weights, optimizers and scaler; the same whatever took the steps."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         for saved in optimizers:
-            for group in saved["param_groups"]:
-                as_eager(group)
+            make_eager(saved["param_groups"])
         return dict(
             model=self.model.state_dict(), optimizers=optimizers, scaler=self.scaler.state_dict()
         )
@@ -225,7 +227,14 @@ class GraphedStep:
         # all that the graph reads and writes stays where it is from here on
         self.starts = trainer.starts(0).to(device)
         self.result = torch.zeros(2, device=device)  # the loss and the gradient's norm
-        self.gradients = one_gradient(trainer.model) if world > 1 else None
+        self.gradients = None
+        if world > 1:
+            # over ranks all gradients are views of one tensor, for one sum
+            parameters = list(trainer.model.parameters())
+            sizes = [p.numel() for p in parameters]
+            self.gradients = parameters[0].new_zeros(sum(sizes))
+            for parameter, part in zip(parameters, self.gradients.split(sizes), strict=True):
+                parameter.grad = part.view_as(parameter)
         for group in trainer.groups():
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
             if "capturable" in group:  # AdamW's
@@ -275,36 +284,9 @@ class GraphedStep:
             self.trainer.model.zero_grad(set_to_none=True)
 
 
-def as_eager(group):
-    """Make an optimizer's group of parameters what it is without a graph, in place."""
-    group["lr"] = float(group["lr"])
-    if "capturable" in group:
-        group["capturable"] = False
-
-
-def one_gradient(model):
-    """One tensor that holds the gradients of all parameters, zero, for one sum over the ranks. The
-    parameters' own gradients become views of it."""
-    parameters = list(model.parameters())
-    whole = parameters[0].new_zeros(sum(p.numel() for p in parameters))
-    parts = whole.split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
-    return whole
-
-
-def tokens_on(machine, tokens):
-    """Token ids (n,) uint16 as a tensor of their bits, (n,) int16: on the GPU if they take a tenth
-    of its memory at most, else in the CPU's memory."""
-    found = torch.from_numpy(tokens.view(np.int16))
-    if machine.device.type == "cuda" and found.nbytes <= machine.memory() / 10:
-        return found.to(machine.device)
-    return found
-
-
-def windows(tokens, starts, length):
-    """Windows of so many tokens, taken as a ring: tokens (n,) int16 as tokens_on() gives them,
-    starts (B,) int64 -> (B, length) int64."""
-    reach = torch.arange(length, device=starts.device)
-    bits = tokens[(starts[:, None] + reach) % len(tokens)]
-    return bits.long() & 0xFFFF
+def make_eager(groups):
+    """Make optimizers' groups of parameters what they are without a graph, in place."""
+    for group in groups:
+        group["lr"] = float(group["lr"])
+        if "capturable" in group:
+            group["capturable"] = False

@@ -13,9 +13,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts proc
 # torch takes code from its cache that was compiled for another instruction set: losses of nan
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
-    os.path.join(
-        tempfile.gettempdir(), "daybook-tests-" + os.environ.get("ATEN_CPU_CAPABILITY", "own")
-    ),
+    f"{tempfile.gettempdir()}/daybook-tests-{os.environ.get('ATEN_CPU_CAPABILITY', 'own')}",
 )
 
 from helpers import ROOT, TINY, make_dataset

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from config import load_config
 from lab.data import Batches, Dataset
 from lab.folder import load_checkpoint, read_lines, save_checkpoint
 from lab.machine import Machine
-from lab.trainer import Trainer, tokens_on, windows
+from lab.trainer import Trainer
 from lab.weights import new_model
 
 ROOT = Path(__file__).parent.parent
@@ -83,13 +84,9 @@ def assert_same_curves(one, two, steps, condition=1):
     """Runs in these folders, of so many steps, learnt alike up to rounding: training, validation
     and gradients."""
     moved = np.ptp([line["train_loss"] for line in metrics(one)])  # of the validation, too
-    for evaluations, key, far in (
-        (False, "train_loss", moved),
-        (False, "grad_norm", None),
-        (True, "val_loss", moved),
-        (True, "val_bits_per_byte", moved),
-    ):
-        curves = ([line[key] for line in metrics(folder, evaluations)] for folder in (one, two))
+    for key, far in dict(train_loss=moved, grad_norm=None, val_loss=moved).items():
+        of_evaluations = key == "val_loss"
+        curves = ([line[key] for line in metrics(folder, of_evaluations)] for folder in (one, two))
         assert_same_curve(*curves, TOKENS, steps, far, condition)
 
 
@@ -108,20 +105,10 @@ def make_dataset(folder, name="tiny", train=3000, val=700, vocab_size=VOCAB, see
     for split, length in dict(train=train, val=val).items():
         ids = (random.randint(0, 50, length).cumsum() % 400).astype("<u2")
         ids.tofile(folder / name / f"{split}.bin")
-        splits[split] = dict(
-            tokens=length,
-            words=length // 2,
-            bytes=3 * length,
-            rows=10,
-            sha256=hashlib.sha256(ids).hexdigest(),
-        )
-    meta = dict(
-        tokenizer="gpt2",
-        vocab_size=vocab_size,
-        separator="none",
-        source={"name": "a test"},
-        splits=splits,
-    )
+        counts = dict(tokens=length, words=length // 2, bytes=3 * length, rows=10)
+        splits[split] = counts | dict(sha256=hashlib.sha256(ids).hexdigest())
+    meta = dict(tokenizer="gpt2", vocab_size=vocab_size, separator="none", splits=splits)
+    meta["source"] = {"name": "a test"}
     (folder / name / "meta.json").write_text(json.dumps(meta))
 
 
@@ -146,8 +133,9 @@ sample_prompts = ()
 
 def rows_of(batches, i, rank=0, world=1):
     """The rows of batch i that a rank trains on, (rows, max_seq_len + 1) int64."""
+    tokens = torch.from_numpy(batches.tokens.view(np.int16))
     starts = torch.from_numpy(batches.starts(i, rank, world))
-    return windows(tokens_on(CPU, batches.tokens), starts, batches.max_seq_len + 1).numpy()
+    return Trainer.rows(SimpleNamespace(tokens=tokens, batches=batches), starts).numpy()
 
 
 def load_tokens(name, split, data_dir="data"):
@@ -180,9 +168,8 @@ def same(a, b):
 
 def assert_the_same_run(one, two, curves=True):
     whole, cut = load_checkpoint(f"{one}/last.pt"), load_checkpoint(f"{two}/last.pt")
-    assert same(whole["model"], cut["model"]) and same(
-        weights(f"{one}/best.pt"), weights(f"{two}/best.pt")
-    )
+    assert same(whole["model"], cut["model"])
+    assert same(weights(f"{one}/best.pt"), weights(f"{two}/best.pt"))
     for mine, theirs in zip(whole["optimizers"], cut["optimizers"], strict=True):
         for state in mine["state"]:
             assert same(mine["state"][state], theirs["state"][state])
@@ -245,12 +232,12 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def until(condition, process=None, seconds=90):
+def until(condition, process=None, pause=0.02):
     """Wait for condition() to hold, and return what it gave."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 90
     while not (value := condition()):
         assert time.monotonic() < end and (process is None or process.poll() is None)
-        time.sleep(0.02)
+        time.sleep(pause)
     return value
 
 
@@ -269,12 +256,6 @@ def started(command, stderr=subprocess.PIPE, **kwargs):
                 os.kill(pid, signal.SIGKILL)
 
 
-def error_lines(path):
-    """The whole lines of a log that say what went wrong."""
-    lines = Path(path).read_text().splitlines(keepends=True)
-    return [line for line in lines if line.startswith("error: ") and line.endswith("\n")]
-
-
 def step_of(out):
     """The highest step in a run's metrics.jsonl, 0 without one."""
     return max((line["step"] for line in read_lines(f"{out}/metrics.jsonl")), default=0)
@@ -285,25 +266,18 @@ def kill_at_random(command, folder, chances, times):
     first step, every other time when the next save has begun. How many kills hit a save, and the
     worst count of steps that one cost."""
     amid, worst, reached, part = 0, 0, 0, Path(folder, "last.pt.part")
+    begins = "going on from", "no checkpoint in"
     for i in range(times):
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as child:
-            line = next(
-                line
-                for line in child.stdout
-                if line.startswith(("going on from", "no checkpoint in"))
-            )
+        with started(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE) as child:
+            line = next(line for line in child.stdout if line.startswith(begins))
             worst = max(worst, reached - int(line.split()[-1].replace(",", "")))
             until(lambda: step_of(folder) > reached, child)  # noqa: B023
             time.sleep(chances.random() / 4)  # no synchronisation: the moment is to be any
             if i % 2:
-                while not part.exists() and child.poll() is None:
-                    time.sleep(
-                        0.0005
-                    )  # half of a save's time; without it, the wait takes a core from the run
+                until(part.exists, child, pause=0.0005)  # half of a save's time
             assert child.poll() is None, "the run ended before it could be killed"
             child.kill()
+            child.wait()
         amid += part.exists()
         reached = step_of(folder)
     return amid, worst

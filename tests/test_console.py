@@ -98,32 +98,28 @@ def test_a_command_in_a_message_works_from_where_the_user_is(in_tmp, monkeypatch
     assert "--nproc_per_node=3 " in console.command("train.py", processes=3)
 
 
-ENDS = """
-import os
-from lab.console import UserError, run
-def code_of(error):
-    def main():
-        raise error
-    try:
-        run(main)
-    except SystemExit as end:
-        print(end.code)
-code_of(UserError("no such run: out/two\\nlines"))
-code_of(KeyboardInterrupt())
-os.environ["LOCAL_RANK"] = "1"
-code_of(UserError("of a rank that is alone with it"))
-del os.sysconf
-code_of(AssertionError("on Windows"))
-"""
+@pytest.mark.parametrize(
+    "end, rank, code, out, error",
+    [
+        ("raise UserError('no run\\nhere')", {}, 2, b"", b"error: no run here\n"),
+        ("raise KeyboardInterrupt", {}, 1, b"", b"interrupted\n"),
+        ("raise UserError('alone')", dict(LOCAL_RANK="1"), 2, b"", b"error: alone\n"),
+        ("print(end='b'), sys.stderr.write('a')", dict(LOCAL_RANK="0"), 0, b"b", b"a"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(tmp_path, end, rank, code, out, error):
+    begin = "import sys\nfrom lab.console import UserError, run\n"
+    (tmp_path / "end.py").write_text(f"{begin}def main(): {end}\nrun(main)")
+    done = bash(f"{sys.executable} end.py", tmp_path, **rank)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, error)
 
 
-def test_an_error_is_one_line_and_an_exit_code(tmp_path):
-    (tmp_path / "ends.py").write_text(ENDS)
-    done = bash(f"{sys.executable} ends.py", tmp_path)
-    assert done.stdout.split() == [b"2", b"1", b"2", b"2"]
-    two, word, alone, windows = done.stderr.decode().splitlines()
-    assert two == "error: no such run: out/two lines" and word == "interrupted"
-    assert alone.startswith("error: ") and "Windows" in windows
+def test_windows_is_refused_by_name(monkeypatch, capfd):
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(console, "open_streams", lambda strict: None)
+    with pytest.raises(SystemExit) as ended:
+        console.run(print)
+    assert ended.value.code == 2 and "Windows" in capfd.readouterr().err
 
 
 @pytest.mark.slow

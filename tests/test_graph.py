@@ -78,10 +78,9 @@ def test_a_capture_changes_nothing(tiny, more):
 def test_a_checkpoint_holds_nothing_of_the_graph(tiny):
     one, two = watched(True), watched(False)
     take(one, range(2)), take(two, range(2))
-    for mine, theirs in zip(
-        one.state_dict()["optimizers"], two.state_dict()["optimizers"], strict=True
-    ):
-        for group, other in zip(mine["param_groups"], theirs["param_groups"], strict=True):
+    mine, theirs = (trainer.state_dict()["optimizers"] for trainer in (one, two))
+    for ours, eager in zip(mine, theirs, strict=True):
+        for group, other in zip(ours["param_groups"], eager["param_groups"], strict=True):
             assert type(group["lr"]) is float and not group["capturable"]
             assert group | {"lr": 0} == other | {"lr": 0}
 
@@ -117,11 +116,10 @@ os._exit(0)  # gloo's threads may abort a rank that leaves before the other
 
 def curve_of_two_ranks(script, folder, device, more):
     """The losses and norms of two processes on one device, each step two graphs and one sum."""
-    rank = folder / "rank.py"
-    rank.write_text(
-        RANK.format(root=str(ROOT), tests=str(ROOT / "tests"), device=device, more=more)
-    )
-    values = [float(word) for word in script(rank, launch=RANKS).stdout.split()[-24:]]
+    names = dict(root=str(ROOT), tests=str(ROOT / "tests"), device=device, more=more)
+    (folder / "rank.py").write_text(RANK.format(**names))
+    out = script(folder / "rank.py", launch=RANKS).stdout
+    values = [float(word) for word in out.split()[-24:]]
     return values[:12], values[12:]
 
 

@@ -8,16 +8,7 @@ import torch.nn.functional as F
 from helpers import assert_near, near
 
 from lab import kernels
-from lab.kernels import (
-    Dropout,
-    HeadLoss,
-    causal_attention,
-    head_loss,
-    head_rows,
-    rotate,
-    rotations,
-    softmax_loss,
-)
+from lab.kernels import HeadLoss, causal_attention, head_loss, rotate, rotations, softmax_loss
 
 pytestmark = pytest.mark.arithmetic
 
@@ -26,24 +17,19 @@ pytestmark = pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 # softmax_loss: as one expression, which is compiled on a GPU
 @pytest.mark.parametrize("fused", [None, softmax_loss])
-def test_the_fused_loss_and_its_gradients_are_cross_entropy_s(
-    rows, block, dtype, fused, monkeypatch
-):
+def test_the_fused_loss_is_cross_entropy(rows, block, dtype, fused, monkeypatch):
     monkeypatch.setattr(kernels, "head_rows", lambda kind, V, N: (rows, block))
     torch.manual_seed(0)
-    x, weight, bias = (
-        t.to(dtype) for t in (torch.randn(24, 16) * 3, torch.randn(97, 16), torch.randn(97))
-    )
+    tensors = torch.randn(24, 16) * 3, torch.randn(97, 16), torch.randn(97)
     targets = torch.randint(97, (24,))
-    ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    ours = [t.to(dtype).requires_grad_() for t in tensors]
     loss = HeadLoss.apply(*ours, targets, fused)
-    losses, *_ = head_loss(x, weight, bias, targets, False, fused)
-    tolerance = near(
-        dtype, 16 + 97 + 24
-    )  # a logit, its softmax, and a gradient or the mean over the rows
+    losses, *_ = head_loss(*(t.detach() for t in ours), targets, False, fused)
+    # a logit, its softmax, and a gradient or the mean over the rows
+    tolerance = near(dtype, 16 + 97 + 24)
     assert_near(losses.mean(), loss, tolerance)
     (loss * 2.5).backward()
-    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
+    truth = [t.detach().double().requires_grad_() for t in ours]
     expected = F.cross_entropy(F.linear(*truth), targets)
     (expected * 2.5).backward()
     assert_near(loss, expected, tolerance)
@@ -85,23 +71,21 @@ def test_the_fused_loss_is_exact_where_a_probability_rounds_to_one_or_to_nothing
     weight, bias = torch.tensor([[1.0], [0.0], [-1.0]]), torch.tensor([0.5, 0.0, -0.5])
     targets = torch.tensor([0, 1, 2])
     losses, *_ = head_loss(x, weight, bias, targets, gradients=False)
-    expected = F.cross_entropy(
-        F.linear(x.double(), weight.double(), bias.double()), targets, reduction="none"
-    )
+    logits = F.linear(x.double(), weight.double(), bias.double())
+    expected = F.cross_entropy(logits, targets, reduction="none")
     # of one logit's size all the same, since a loss is a difference of two
-    torch.testing.assert_close(
-        losses.double(), expected, rtol=near(torch.float32, 3), atol=near(torch.float32, 3)
-    )
+    far = near(torch.float32, 3)
+    torch.testing.assert_close(losses.double(), expected, rtol=far, atol=far)
     assert not head_loss(x * math.nan, weight, bias, targets, gradients=False)[0].isfinite().any()
 
 
 def test_chunks_are_equal_and_bounded():
     for N in (1, 31, 4096, 16384, 4097):
-        rows, block = head_rows("cpu", 50257, N)
+        rows, block = kernels.head_rows("cpu", 50257, N)
         assert rows * 50257 <= 1 << 26 and block <= rows <= N
-        assert N - rows * (math.ceil(N / rows) - 1) > rows - math.ceil(
-            N / rows
-        )  # the last is as long, or nearly
+        chunks = math.ceil(N / rows)
+        # the last is as long, or nearly
+        assert N - rows * (chunks - 1) > rows - chunks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -112,11 +96,9 @@ def test_attention_in_blocks_is_scaled_dot_product_attention(dtype):
     kinds = dtype, torch.float32
     ours, truth = ([t.to(kind).requires_grad_() for t in tensors[:3]] for kind in kinds)
     results = []
-    for leaves, attention in (
-        (ours, causal_attention),
-        (truth, lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)),
-    ):
-        y = attention(*leaves)
+    # in float32 it is scaled_dot_product_attention()
+    for leaves in ours, truth:
+        y = causal_attention(*leaves)
         y.backward(tensors[3].to(y.dtype))
         results.append([y.detach().float(), *(leaf.grad.float() for leaf in leaves)])
     for mine, true in zip(*results, strict=True):
@@ -128,11 +110,12 @@ def test_attention_in_blocks_is_scaled_dot_product_attention(dtype):
 
 def test_dropout_keeps_its_share_and_the_mean():
     torch.manual_seed(0)
-    dropout, x = Dropout(0.3), torch.ones(37, 4001, dtype=torch.float64, requires_grad=True)
+    dropout, x = kernels.Dropout(0.3), torch.ones(37, 4001, dtype=torch.float64, requires_grad=True)
     y = dropout(x)
     y.sum().backward()
     kept = y > 0
-    error = 4 / math.sqrt(y.numel())  # four standard errors of a mean, at a standard deviation of 1
+    # four standard errors of a mean, at a standard deviation of 1
+    error = 4 / math.sqrt(y.numel())
     assert abs(kept.double().mean() - 0.7) < error * math.sqrt(0.7 * 0.3)
     assert abs(y.mean() - 1) < error * math.sqrt(0.3 / 0.7)
     assert torch.equal(x.grad, y.detach()) and y[kept].unique().numel() == 1
@@ -152,16 +135,13 @@ def test_rotary_positions_are_those_of_transformers_llama():
     q, k, positions = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8), torch.randint(500, (2, 7))
     cos, sin = rotations(500, 8)[:, positions].unsqueeze(2)
     whole = (torch.cat((t, t), -1).squeeze(1) for t in (cos, sin))
-    for mine, theirs in zip(
-        (rotate(q, cos, sin), rotate(k, cos, sin)),
-        llama.apply_rotary_pos_emb(q, k, *whole),
-        strict=True,
-    ):
-        assert_near(mine, theirs, near(torch.float32, 3))  # two products and their sum
+    rotated = llama.apply_rotary_pos_emb(q, k, *whole)
+    for mine, theirs in zip((q, k), rotated, strict=True):
+        # two products and their sum
+        assert_near(rotate(mine, cos, sin), theirs, near(torch.float32, 3))
     config = llama.LlamaConfig(hidden_size=24, num_attention_heads=3, rope_theta=10000.0)
-    for mine, theirs in zip(
-        (cos, sin), llama.LlamaRotaryEmbedding(config)(q, positions), strict=True
-    ):
+    embedded = llama.LlamaRotaryEmbedding(config)(q, positions)
+    for mine, theirs in zip((cos, sin), embedded, strict=True):
         # an angle of up to 500 is off by its own rounding, and the first, slower ones a tenth and
         # less, by theirs
         assert_near(torch.cat((mine, mine), -1).squeeze(1), theirs, 500 * near(torch.float32, 1))

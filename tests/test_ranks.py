@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import (
@@ -15,8 +16,6 @@ from helpers import (
     assert_same_curve,
     assert_same_curves,
     children,
-    error_lines,
-    make_dataset,
     metrics,
     started,
     step_of,
@@ -40,10 +39,8 @@ linux = pytest.mark.skipif(
 def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
     options = [tiny, *"--dropout 0 --max_steps 20 --eval_interval 10 --batch_size 7".split(), *more]
     assert train.main([*options, "--out_dir", "out/one"]) == 0
-    done = script(
-        "train.py", *options, "--micro_batch_size", micro, "--out_dir", "out/two", launch=RANKS
-    )
-    assert "Warning" not in done.stderr
+    options += ["--micro_batch_size", micro, "--out_dir", "out/two"]
+    assert "Warning" not in script("train.py", *options, launch=RANKS).stderr
     assert_same_curves("out/one", "out/two", 20, condition=MUON if more else 1)
     assert len(metrics("out/two")) == 20 and len(metrics("out/two", evaluations=True)) == 2
 
@@ -58,11 +55,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, script):
     assert train.main([*options, "--max_steps", "20", "--resume"]) == 0
     one, two = ([line["train_loss"] for line in metrics(out)] for out in ("out/one", "out/tiny"))
     assert_same_curve(one, two, TOKENS)
-
-
-def test_more_ranks_than_sequences_is_refused_by_one_line(tiny, script):
-    done = script("train.py", tiny, "--batch_size", "1", launch=RANKS, code=1)
-    assert done.stderr.count("error: batch_size 1 ") == 1
 
 
 # --- a rank that is lost
@@ -108,7 +100,7 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_said(tiny):
         until(lambda: step_of("out/tiny") > 5, child)
         os.kill(children(child.pid)[1], signal.SIGSTOP)
         # what is not told rank_timeout waits for ten minutes, longer than until() does
-        assert "rank 0 of 2" in until(lambda: error_lines("errors"))[0]
+        until(lambda: "error: rank 0 of 2" in Path("errors").read_text())
 
 
 def test_ranks_started_otherwise_are_refused_by_name(tiny):
@@ -131,19 +123,8 @@ def test_a_rank_s_own_error_ends_it_at_once(tiny):
         "train.Trainer.step = broken; train.main(sys.argv[1:])"
     )
     command = [sys.executable, *RANKS, "--no-python", sys.executable, "-c", words, tiny]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": ROOT}
-    )
-    assert done.returncode == 1 and done.stderr.count("RuntimeError: CUDA out of memory") == 1, (
-        done.stderr
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.arithmetic
-def test_more_ranks_than_windows(tmp_path, tiny, script):
-    make_dataset(tmp_path / "data", "short", train=40, val=9)
-    options = [tiny, "--dataset", "short", "--epochs", "20", "--dropout", "0"]
-    assert train.main([*options, "--out_dir", "out/one"]) == 0
-    script("train.py", *options, "--out_dir", "out/two", launch=RANKS)
-    assert_same_curves("out/one", "out/two", len(metrics("out/one")))
+    env = os.environ | {"PYTHONPATH": ROOT}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("RuntimeError: CUDA out of memory") == 1, done.stderr
+    assert done.stderr.count("error: rank 1 of 2") == 1, done.stderr

@@ -19,18 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from helpers import (
-    RANKS,
-    ROOT,
-    TINY,
-    assert_the_same_run,
-    children,
-    kill_at_random,
-    make_dataset,
-    started,
-    step_of,
-    until,
-)
+import helpers
+from helpers import RANKS, ROOT, assert_the_same_run, started, step_of
 
 from lab.folder import load_checkpoint
 
@@ -58,9 +48,8 @@ def kills(count, chances, deadline):
             return 0, 0, 0, 0
         command = [*words, "--out_dir", f"out/cut{i}", "--resume"]
         try:
-            amid, worst = kill_at_random(
-                [*TRAIN, *command], f"out/cut{i}", random.Random(chances + i), CHAIN
-            )
+            moments = random.Random(chances + i)
+            amid, worst = helpers.kill_at_random([*TRAIN, *command], f"out/cut{i}", moments, CHAIN)
             trains(*command)
             assert_the_same_run("out/whole", f"out/cut{i}")
             assert worst <= 1, f"a kill cost {worst} steps"
@@ -71,9 +60,8 @@ def kills(count, chances, deadline):
         return CHAIN, CHAIN, 0, amid
 
     with ThreadPoolExecutor(2) as pool:
-        return [
-            sum(column) for column in zip(*pool.map(chain, range(-(-count // CHAIN))), strict=True)
-        ]
+        results = pool.map(chain, range(-(-count // CHAIN)))
+        return [sum(column) for column in zip(*results, strict=True)]
 
 
 def ranks_killed(count, chances):
@@ -87,8 +75,8 @@ def ranks_killed(count, chances):
             step = step_of("out/ranks")
             command = [sys.executable, *RANKS, str(ROOT / "train.py"), *words]
             with started(command, stdout=subprocess.DEVNULL) as child:
-                until(lambda step=step: step_of("out/ranks") > step + 50, child)
-                os.kill(children(child.pid)[chances.randrange(2)], 9)
+                helpers.until(lambda step=step: step_of("out/ranks") > step + 50, child)
+                os.kill(helpers.children(child.pid)[chances.randrange(2)], 9)
                 killed += 1
                 errors = child.communicate(timeout=120)[1]
             assert child.returncode == 1, errors
@@ -108,9 +96,8 @@ def full_disks():
     for size in sizes:
         folder = Path(f"out/small{size}")
         folder.mkdir(parents=True)
-        if subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]
-        ).returncode:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]
+        if subprocess.run(mount).returncode:
             print("a full disk: not tried, since mounting a tmpfs is not allowed here")
             return 0, 0, 0
         try:
@@ -138,10 +125,9 @@ def main():
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        make_dataset(
-            Path("data"), vocab_size=50257
-        )  # full_disks() counts on checkpoints of several MB
-        Path("tiny.py").write_text(TINY)
+        # full_disks() counts on checkpoints of several MB
+        helpers.make_dataset(Path("data"), vocab_size=50257)
+        Path("tiny.py").write_text(helpers.TINY)
         rows.append(("full disk", *full_disks()))
         rows.append(("rank killed under torchrun", *ranks_killed(5, random.Random(args.seed))))
         *row, amid = kills(args.kills, args.seed, deadline)
