@@ -19,7 +19,7 @@ import torch
 
 from config import Config, load_config
 from lab.console import progress, run
-from lab.data import VOCAB_SIZE, Batches
+from lab.data import Batches, vocabulary_of
 from lab.machine import has_bfloat16, open_machine
 from lab.settings import setting
 from lab.trainer import Trainer
@@ -33,6 +33,7 @@ class Options(Config):
     """A run's settings, and what to time of it."""
 
     steps: int = setting(20, "steps that are timed", low=1)
+    vocab_size: int = setting(0, "of the random tokens (0: as the data set's name says)", low=0)
     profile: bool = setting(False, "trace three more steps into out_dir/trace.json")
 
 
@@ -45,9 +46,10 @@ def main(argv=None):
 
 def new_trainer(config, machine):
     """A Trainer of a config's model on random tokens."""
-    tokens = np.random.RandomState(0).randint(VOCAB_SIZE, size=1 << 20).astype(np.uint16)
+    vocab_size = config.vocab_size or vocabulary_of(config.dataset)[1]
+    tokens = np.random.RandomState(0).randint(vocab_size, size=1 << 20).astype(np.uint16)
     batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
-    model = new_model(config, VOCAB_SIZE).to(machine.device)
+    model = new_model(config, vocab_size).to(machine.device)
     return Trainer(config, machine, model, batches, total_steps=1000)
 
 

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from lab.console import ROOT, UserError, command, cpu_cores, first_line, progress, run
-from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, load_tokenizer
+from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, load_tokenizer, vocabulary_of
 from lab.encode import encode_rows, learn, texts_of
 from lab.folder import Lock
 from lab.settings import command_line, setting
@@ -33,7 +33,6 @@ from lab.text import BLOCK, SPLITS, Source, demo_blocks, hub_blocks, path_source
 
 HUB = "Salesforce/wikitext"
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
-DEMO_VOCAB_SIZE = 2048
 LEARN_FROM = 200_000_000  # bytes of text, at most, that a vocabulary is learned from
 SEPARATORS = {"demo": "newline"} | dict.fromkeys(HUB_CONFIGS, "none")  # of all others: endoftext
 
@@ -290,7 +289,7 @@ def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more
     """Write a data set's token files and meta.json into data_dir/name, whole or not at all. The
     arguments are the settings of Options. Returns the Dataset. Raises UserError."""
     separator = separator or SEPARATORS.get(name, "endoftext")
-    vocab_size = vocab_size or (DEMO_VOCAB_SIZE if name == "demo" else VOCAB_SIZE)
+    vocab_size = vocab_size or vocabulary_of(name)[1]
     options = Options(
         str(source), separator=separator, vocab_size=vocab_size, data_dir=str(data_dir), **more
     )

@@ -19,17 +19,27 @@ from lab.console import UserError, command, first_line, python
 from lab.encode import END, ranks_of
 
 VOCAB_SIZE = 50257  # GPT-2's
+DEMO_VOCAB_SIZE = 2048
 HUB_CONFIGS = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-raw-v1"}
 
 
 def prepare_command(name, data_dir):
     """The command that prepares a data set, for messages."""
     words = [] if str(data_dir) == "data" else ["--data_dir", str(data_dir)]
+    text, size = vocabulary_of(name)
+    if text != name:
+        words = ["--vocab_size", str(size), *words]
+    known = text in HUB_CONFIGS or text == "demo"
+    return command("prepare.py", text, *words) + ("" if known else " --source PATH")
+
+
+def vocabulary_of(name):
+    """(the text, the size of its vocabulary) that the name of a data set tells: wikitext-103-8192
+    is WikiText with 8,192 tokens of its own."""
     text, _, size = name.rpartition("-")
-    if text in HUB_CONFIGS and size.isdigit():  # WikiText with a vocabulary of its own
-        name, words = text, ["--vocab_size", size, *words]
-    known = name in HUB_CONFIGS or name == "demo"
-    return command("prepare.py", name, *words) + ("" if known else " --source PATH")
+    if text in HUB_CONFIGS and size.isdigit():
+        return text, int(size)
+    return name, DEMO_VOCAB_SIZE if name == "demo" else VOCAB_SIZE
 
 
 @dataclass

@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import bench
 from docs.experiments import baseline
@@ -27,6 +28,16 @@ class GPT(torch.nn.Embedding):
 def number(name, out):
     """The number that follows a name in what was printed."""
     return float(re.search(name + r" +([\d,.]+)", out)[1].replace(",", ""))
+
+
+def test_the_vocabulary_is_the_one_that_the_data_set_s_name_tells(in_tmp, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "matmul_peak", lambda machine: 2e9)
+    words = [str(ROOT / "config/demo.py"), "--steps", "1", "--d_model", "8", "--num_layers", "1"]
+    for more, rows in ([], 2048), (["--dataset", "wikitext-2-300"], 300), (["--vocab_size=99"], 99):
+        assert not bench.main([*words, *more])
+        total = number("compiled,", capsys.readouterr().out)
+        blocks = 4 * 8 * 8 + 2 * 8 * 256 + 4
+        assert total == 9 * rows + blocks
 
 
 def test_bench_says_how_fast_and_leaves_a_trace(tiny, capsys, monkeypatch):
