@@ -218,8 +218,8 @@ def open_machine(config):
         # leaving the group would wait for what the others began
         traceback.print_exc()
         print(
-            f"error: rank {machine.rank} of {machine.world} ends by the error above, or since "
-            "another rank is lost; --resume goes on from the last checkpoint",
+            f"error: rank {machine.rank} of {machine.world} failed as shown above, or lost another "
+            "rank; resume from the last checkpoint with --resume",
             file=sys.stderr,
             flush=True,
         )

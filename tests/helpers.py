@@ -56,9 +56,7 @@ def assert_near(one, two, tolerance):
     one, two = one.detach().double(), two.detach().double()
     assert one.shape == two.shape and two.abs().max() > 0
     error = ((one - two).abs().max() / two.abs().max()).item()
-    assert error <= tolerance, (
-        f"off by {error:.2g} of the largest, where {tolerance:.2g} is allowed"
-    )
+    assert error <= tolerance, f"off by {error:.2g} of the largest; allowed is {tolerance:.2g}"
 
 
 def assert_same_curve(one, two, terms, steps=None, moved=None, condition=1.0, dtype=torch.float32):
@@ -73,9 +71,8 @@ def assert_same_curve(one, two, terms, steps=None, moved=None, condition=1.0, dt
     one, two = np.array(one), np.array(two)
     moved = np.ptp(one) if moved is None else moved
     roundings = terms * (steps or len(one))
-    tolerance = (
-        near(torch.float32, roundings) * np.abs(one) + near(dtype, roundings) * condition * moved
-    )
+    tolerance = near(torch.float32, roundings) * np.abs(one)
+    tolerance += near(dtype, roundings) * condition * moved
     assert (tolerance < moved / 2).all(), "with this tolerance a run that learns nothing would pass"
     np.testing.assert_array_less(np.abs(two - one), tolerance)
 
