@@ -19,7 +19,7 @@ from config import load_config
 from lab.console import UserError, command, progress, run, stop_signals
 from lab.data import Dataset, batches_of
 from lab.evaluate import evaluate, figures_text
-from lab.folder import Folder, load_checkpoint
+from lab.folder import Folder, Lock, load_checkpoint
 from lab.generate import continue_texts
 from lab.machine import open_machine
 from lab.notebook import invite, perplexity, verdict, write_entry
@@ -40,8 +40,8 @@ def main(argv=None):
     with open_machine(config) as machine:
         if config.eval_only:
             return eval_only(config, machine)
-        quiet = machine.rank > 0
-        with stop_signals(quiet) as stop, Folder(config.out_dir, machine) as folder:
+        with stop_signals(quiet=machine.rank > 0) as stop, Lock() as lock:
+            folder = Folder(config.out_dir, machine, lock)
             return train(config, machine, folder, stop, command_of(argv, machine))
 
 

@@ -92,7 +92,7 @@ def damage_both():
         (lambda: os.remove("data/tiny/meta.json"), "meta.json"),
         (lambda: Path("data/tiny/meta.json").write_text("{}"), "meta.json"),
         (prepare_anew, "SHA-256"),
-        (damage_both, "last.pt and out/done/prev.pt"),
+        (damage_both, "prev.pt"),
         (lambda: shutil.move("out/done", "out/file"), "step 0"),
     ],
 )
@@ -138,7 +138,6 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(stopped, caps
     if how == "gone":
         assert "of out/done/prev.pt\n" in shown.out
     else:
-        assert f" {6 - before} of the steps" in shown.err
         assert Path("out/done/last.pt.damaged").exists()
     assert_the_same_run("out/whole", "out/done", curves=False)
 
