@@ -40,10 +40,6 @@ def write_whole(path, write, kept=None):
     if kept and os.path.exists(path):
         os.replace(path, kept)
     os.replace(part, path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some network file systems cannot
-        os.fsync(folder)  # or a power cut may take the new name away
-    os.close(folder)
 
 
 def write_text(path, text):
@@ -311,18 +307,19 @@ class Folder:
 
         self.write("metrics.jsonl", append)
 
-    def save(self, state, contents):
-        """Write last.pt, unless it holds this very state; what it held becomes prev.pt. contents():
-        the checkpoint's dict."""
+    def save(self, state, checkpoint):
+        """Write last.pt, unless it holds this very state; what it held becomes prev.pt."""
         now = state.step, state.evaluated_step
-        if now != self.saved and self.write(
-            self.last, lambda: save_checkpoint(contents(), self.last, kept=self.prev)
-        ):
+
+        def write():
+            save_checkpoint(checkpoint, self.last, kept=self.prev)
+
+        if now != self.saved and self.write(self.last, write):
             self.saved = now
 
-    def save_best(self, contents):
+    def save_best(self, checkpoint):
         """Write best.pt; whether it went through, the same on every rank."""
-        written = self.write(self.best, lambda: save_checkpoint(contents(), self.best))
+        written = self.write(self.best, lambda: save_checkpoint(checkpoint, self.best))
         return not self.machine.reduce(not written)[0]
 
     def finish(self, state, final):

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import warnings
 from urllib.parse import quote
 
 from lab.console import UserError, warn
@@ -53,23 +52,25 @@ def chinchilla(parameters, tokens):
     return f"{20 * parameters / tokens:,.2f} times the Chinchilla-optimal size for one epoch"
 
 
-def verdict(expected, ppl):
-    """How a perplexity compares with the (low, high) that was expected."""
-    ppl = math.inf if ppl is None else ppl
-    return "exceeded" if ppl < expected[0] else "met" if ppl <= expected[1] else "not met"
+def verdicts(c, ppl, so_far=""):
+    """How a perplexity compares with what a config, as a dict, expects and what was recorded: a
+    list of sentences."""
+    sentences = []
+    if c["expected_ppl"]:
+        low, high = c["expected_ppl"]
+        ppl = math.inf if ppl is None else ppl
+        met = "exceeded" if ppl < low else "met" if ppl <= high else "not met"
+        sentences.append(f"Expected {low:g} to {high:g}: {met}{so_far}.")
+    if c["recorded_ppl"]:
+        sentences.append(f"The original notebook recorded {c['recorded_ppl']:g}.")
+    return sentences
 
 
 def table(head, rows):
-    """A Markdown table, numbers to the right."""
-    shown = []
-    for cells in [head, *rows]:
-        shown.append([" ".join(str(cell).splitlines()).replace("|", "\\|") for cell in cells])
-    line = []
-    for column in zip(*shown[1:], strict=True):
-        is_number = not "".join(column).strip("-+,.0123456789e%: ±")
-        line.append("---:" if is_number else "---")
-    shown.insert(1, line or ["---"] * len(head))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in shown)
+    """A Markdown table, all but the first column to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    cells = [[" ".join(str(c).splitlines()).replace("|", "\\|") for c in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 # --- a run, read back
@@ -80,8 +81,7 @@ class SavedRun:
 
     def __init__(self, folder):
         self.folder = folder
-        # what is no text in a name becomes "?"
-        self.name = os.path.basename(os.path.abspath(folder)).encode(errors="replace").decode()
+        self.name = os.path.basename(os.path.abspath(folder))
         self.metadata = read_json(f"{folder}/run.json")
         self.final = read_json(f"{folder}/final.json")
         lines = read_lines(f"{folder}/metrics.jsonl")
@@ -200,8 +200,6 @@ def results_part(run, c):
     """The entry's paragraphs on what came of it."""
     best, last = run.best(), run.last
     final = [[split, *map(show, values.values())] for split, values in run.final.items()]
-    so_far = "" if run.final else " so far"
-    met = c["expected_ppl"] and verdict(c["expected_ppl"], best["val_ppl"]) + so_far
     speed = f", {run.speed():,.0f} tokens per second in the median" if run.speed() else ""
     samples = [f"Prompt: {json.dumps(start)}\n{fenced(t)}" for start, t in best.get("samples", ())]
     paragraphs = [
@@ -210,8 +208,7 @@ def results_part(run, c):
         f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, "
         f"{perplexities(best, 'val_')}.**",
         final and table(["at the best", *run.final["val"]], final),
-        met and "Expected {:g} to {:g}: {}.".format(*c["expected_ppl"], met),
-        c["recorded_ppl"] and f"The original notebook recorded {c['recorded_ppl']:g}.",
+        *verdicts(c, best["val_ppl"], "" if run.final else " so far"),
         f"{'Finished' if run.final else 'So far'}: {last['step']:,} of {run.metadata['steps']:,} "
         f"steps in {last['elapsed_s'] / 60:,.1f} minutes{speed}, {last.get('skipped', 0)} steps "
         "skipped.",
@@ -251,18 +248,17 @@ def invite(folder):
 
 def written(page):
     """What the user wrote in the bytes of a conclusion.md, as text; "" if nothing."""
-    lines = re.split(r"\r\n?|\n", page.decode("utf-8-sig", "replace"))
-    return "\n".join(line for line in lines if not line.startswith(INVITES)).rstrip().lstrip("\n")
+    lines = page.decode("utf-8-sig", "replace").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(INVITES)).strip("\n")
 
 
 def write_page(path, text):
-    """Write a page of the program's anew. One in which somebody else wrote is first kept in
+    """Write a page of the program's anew. One in which somebody else wrote is first added to
     PATH.before. Raises OSError."""
     page = read_bytes(path)
-    if page.strip() and page != signed(page.partition(b"\n")[2]):
-        earlier = read_bytes(f"{path}.before")
-        if page not in earlier:  # as it is after a kill between the two files
-            write_whole(f"{path}.before", lambda file: file.write(earlier + page))
+    if page and page != signed(page.partition(b"\n")[2]):
+        with open(f"{path}.before", "ab") as file:
+            file.write(page)
         warn(f"{path} was not as this program had left it; it is kept in {path}.before")
     write_whole(path, lambda file: file.write(signed(text.encode(errors="replace"))))
 
@@ -289,7 +285,7 @@ def write_notebook(path, folders, report, sweeps=()):
     for _, run, text in sorted([*entries, *sweeps], key=lambda part: part[0]):
         title, _, text = text.partition("\n")
         there = os.path.relpath(run.folder, os.path.dirname(path) or ".")
-        text = moved(text, quote(os.fsencode(there)))
+        text = moved(text, quote(there))
         sections.append((f"{title.removeprefix('# ')} ({run.name})", text))
 
     # anchors of our own, since each reader of Markdown makes others
@@ -302,19 +298,17 @@ def write_notebook(path, folders, report, sweeps=()):
 
 
 def moved(text, folder):
-    """An entry's Markdown for a page above its folder: headings one level lower, relative links
-    from `folder` (as a URL has it), no code block left open. Code blocks stay as they are."""
-    lines, fence = [], ""
-    for line in text.split("\n"):
-        mark = re.match(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})", line)
-        if not fence:
-            fence = mark[1] if mark else ""
-            line = re.sub(r"^#{1,5}(?=\s)", lambda marks: max("###", f"{marks[0]}#"), line)
-            line = re.sub(r"(\]\(<?)(?!(?i:[a-z]+:)|[/#<)])", rf"\1{folder}/", line)
-        elif mark and mark[1].startswith(fence) and line.strip() == mark[1]:
-            fence = ""
-        lines.append(line)
-    return "\n".join([*lines, fence])
+    """An entry's Markdown for a page above its folder: headings a level lower, relative links from
+    `folder` (as a URL has it). Code blocks stay as they are."""
+
+    def change(found):
+        if found["fence"]:
+            return found[0]
+        return f"{found[0]}{folder}/" if found["link"] else max("###", f"#{found[0]}")
+
+    block = r"^(?P<fence>`{3,}|~{3,}).*?(?:^(?P=fence)|\Z)"
+    link = r"(?P<link>\]\(<?)(?!(?i:[a-z]+:)|[/#<)])"
+    return re.sub(rf"(?ms){block}|{link}|^#{{1,5}}(?=\s)", change, text)
 
 
 # --- pictures
@@ -324,8 +318,6 @@ def figure(columns):
     """(a matplotlib figure for files, its axes in a row)."""
     from matplotlib.figure import Figure
 
-    # the font has no CJK: what a name in it looks like is not worth a warning
-    warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
     width = 6 if columns == 1 else 4.4 * columns
     picture = Figure(figsize=(width, 3.8), layout="constrained")
     return picture, picture.subplots(1, columns, squeeze=False)[0]

@@ -135,9 +135,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(stopped, caps
     assert train.main([*options, "--out_dir", "out/done"]) == 0
     shown = capsys.readouterr()
     assert f"out/done/prev.pt, step {before}" in shown.out
-    if how == "gone":
-        assert "of out/done/prev.pt\n" in shown.out
-    else:
+    if how != "gone":
         assert Path("out/done/last.pt.damaged").exists()
     assert_the_same_run("out/whole", "out/done", curves=False)
 

@@ -150,7 +150,7 @@ def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, capsys, int
     and metrics."""
     options = [tiny, *"--max_steps 40 --eval_interval 10 --save_interval".split(), interval, *more]
     assert train.main([*options, "--out_dir", "out/whole"]) == 0
-    for stop_at in 1, 5, 12, 13, 29:  # passes of steps or evaluations, amid which the signal comes
+    for stop_at in 1, 5, 12, 13, 20:  # passes of steps or evaluations, amid which the signal comes
         passes = itertools.count(1)
 
         def stop(training, stop_at=stop_at, passes=passes):
@@ -186,14 +186,6 @@ def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else
             file.write('{"step": 9')  # half a line, as a kill leaves it
     assert train.main([*options, "--out_dir", "out/cut", "--resume"]) == 0
     assert_the_same_run("out/whole", "out/cut")
-
-
-def test_a_signal_amid_the_last_evaluation_leaves_it_owed(tiny):
-    with before_each_pass(lambda training: training or os.kill(os.getpid(), signal.SIGTERM)):
-        assert train.main([tiny, "--max_steps", "6"]) == 1
-    assert not os.path.exists("out/tiny/best.pt")
-    assert train.main([tiny, "--max_steps", "6", "--resume"]) == 0
-    assert len(losses(key="val_loss")) == 1 and os.path.exists("out/tiny/best.pt")
 
 
 def test_a_finished_run_has_nothing_to_do_until_it_is_extended(tiny, capsys):
@@ -263,11 +255,6 @@ def test_any_name_is_a_run_s_and_a_data_set_s(tiny, name, capsys):
     report.main(["--recorded", "no"])
     shown = capsys.readouterr().out.splitlines()
     assert len({line.replace("\\|", "").count("|") for line in shown[:3]}) == 1
-
-
-def test_a_name_that_is_no_text_is_a_run_s(tiny, script):
-    script("train.py", tiny, "--max_steps", "6", "--out_dir", "out/\udcff")
-    assert "\n| ? |" in script("report.py", "--recorded", "no").stdout
 
 
 def test_patience_and_hours_end_a_run_cleanly(tiny):
