@@ -101,7 +101,8 @@ def train(config, machine, folder, stop, this_command):
                 "all its steps, or with --lr_schedule constant"
             )
     del checkpoint, weights  # or their copies of the weights would stay
-    folder.begin(state, metadata | dict(command=this_command))
+    metadata |= dict(command=this_command)
+    machine.from_rank_0(lambda: folder.begin(state, metadata))
     folder.write("conclusion.md", lambda: invite(folder.path))
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
 
@@ -172,7 +173,7 @@ class Run:
             lr = trainer.lr(state.step)
             state.pending.append(trainer.step(state.step))
             state.step += 1
-            log_is_due = state.log_is_due()
+            log_is_due = state.step % self.config.log_interval == 0
             if log_is_due:
                 norm = state.pending[-1][1]
                 state.count(machine)  # waits for the device, so that the clock is true

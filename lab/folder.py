@@ -66,13 +66,13 @@ def read_json(path):
 
 
 def read_lines(path):
-    """The dicts with a step in a file of JSON lines. A line that a kill has torn is left out. []
-    without a file."""
+    """The dicts of a file of JSON lines; [] without a file. A line that a kill has torn is left
+    out."""
     values = []
     for line in read_bytes(path).splitlines():
         with contextlib.suppress(ValueError):
             values.append(json.loads(line))
-    return [v for v in values if isinstance(v, dict) and isinstance(v.get("step"), int)]
+    return values
 
 
 class Lock:
@@ -140,11 +140,10 @@ def load_checkpoint(path, needed=TO_SAMPLE):
             is_whole = archive.testzip() is None  # torch checks no checksums
         if is_whole:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        make = command("train.py", ROOT / "config/demo.py")
-        raise UserError(f"there is no checkpoint {path}; `{make}` makes one") from None
     except OSError as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror}; fix that") from None
+        make = command("train.py", ROOT / "config/demo.py")
+        why = error.strerror
+        raise UserError(f"cannot read checkpoint {path}: {why}; `{make}` makes one") from None
     except Exception as error:  # torn or another program's: as many exceptions as ways to be so
         if is_out_of_memory(error):
             raise
@@ -221,11 +220,16 @@ class Folder:
                     "another with --out_dir DIR"
                 )
             checkpoint, path = newest_checkpoint(self.path)
-            if checkpoint and (changed := differences(config, hashes, checkpoint)):
-                raise UserError(
-                    f"{path} is of another experiment: {changed}; bring that back, or choose "
-                    "another --out_dir"
-                )
+            if checkpoint:
+                changed = config.differences(checkpoint["config"])
+                for split in hashes:
+                    if hashes[split] != checkpoint["data"][split]:
+                        changed.append(f"its {split} split was another (SHA-256)")
+                if changed:
+                    raise UserError(
+                        f"{path} is of another experiment: {'; '.join(changed)}; bring that back, "
+                        "or choose another --out_dir"
+                    )
             if taken:
                 self.keep_metrics(checkpoint["state"] if checkpoint else {})
         except OSError as error:
@@ -255,27 +259,22 @@ class Folder:
     # --- what the run writes
 
     def begin(self, state, metadata):
-        """Write run.json; from here on the run has not ended. Raises UserError."""
+        """Write run.json, on rank 0; from here on the run has not ended. Raises UserError."""
         self.saved = state.step, state.evaluated_step
         machine, path = self.machine, f"{self.path}/run.json"
-        old = read_json(path)
         metadata |= dict(
-            began=old.get("began") or time.strftime("%Y-%m-%d %H:%M:%S"),
+            began=read_json(path).get("began") or time.strftime("%Y-%m-%d %H:%M:%S"),
             commit=commit(),
             machine=f"{machine}, {machine.device_name()}",
             device=machine.device.type,
             versions=f"Python {platform.python_version()}, torch {version('torch')}",
         )
-
-        def write():
-            try:
-                if os.path.exists(self.final):
-                    os.remove(self.final)
-                write_text(path, json.dumps(metadata, indent=2) + "\n")
-            except OSError as error:
-                raise self.unusable(error) from None
-
-        machine.from_rank_0(write)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.final)
+            write_text(path, json.dumps(metadata, indent=2) + "\n")
+        except OSError as error:
+            raise self.unusable(error) from None
 
     def write(self, what, function):
         """Call function() on rank 0; whether it went through, on rank 0 alone (True elsewhere)."""
@@ -332,16 +331,6 @@ class Folder:
             with contextlib.suppress(OSError):
                 os.remove(self.prev)
         return whole
-
-
-def differences(config, hashes, checkpoint):
-    """What makes a checkpoint another experiment than this config and these token files, as a
-    phrase; "" if nothing."""
-    changed = config.differences(checkpoint["config"])
-    for split, sha256 in hashes.items():
-        if sha256 != checkpoint["data"][split]:
-            changed.append(f"its {split} split was another (SHA-256)")
-    return "; ".join(changed)
 
 
 def commit():
