@@ -47,8 +47,7 @@ def main(argv=None):
 def command_of(argv, machine):
     """The command that begins this run; with --resume it goes on with it."""
     words = [word for word in argv if word != "--resume"]
-    processes = machine.local_world if machine.world > 1 else 1
-    return command("train.py", *words, processes=processes)
+    return command("train.py", *words, processes=machine.local_world)
 
 
 def train(config, machine, folder, stop, this_command):
@@ -146,12 +145,10 @@ class Run:
             )
             return 1
         self.save()
-        final = self.last_figures() if over and state.best else {}
-        if not over or not folder.finish(state, final):
+        if not over or not folder.finish(state, self.tell_end(over)):
             step, last = state.step, folder.last_is()
             say(f"stopped at step {step:,}, {last}; resume with: {resume_command}")
             return 1
-        self.tell_end(over, final)
         folder.write("notebook.md", lambda: write_entry(folder.path))
         return 0
 
@@ -266,27 +263,24 @@ class Run:
         args = self.trainer.model, encoding, prompts, dataset.separator, SAMPLE_TOKENS
         return {"samples": continue_texts(*args)}
 
-    def last_figures(self):
-        """{split: figures} of the best checkpoint on validation and test."""
-        best = self.machine.from_rank_0(lambda: load_checkpoint(self.folder.best))
-        self.trainer.model.load_state_dict(best["model"])
-        final = {"val": self.best_figures or self.figures_of("val")}
-        if "test" in self.dataset.counts:
-            final["test"] = self.figures_of("test")
-        return final
-
-    def tell_end(self, over, final):
-        """Print how the run ended."""
-        state, say = self.state, self.machine.say
+    def tell_end(self, over):
+        """Print how the run ended. Returns {split: figures} of the best checkpoint."""
+        state, say, final = self.state, self.machine.say, {}
         say(f"finished: {over}")
         if state.skipped:
             say(f"{state.skipped:,} of {state.step:,} steps were skipped: {NOT_FINITE}")
-        if state.best:
-            say(f"best at step {state.best['step']:,}, in {self.folder.best}")
-        for split, figures in final.items():
-            say(figures_text(split, figures, self.dataset.separator))
-        for sentence in verdicts(self.config.plain(), state.best.get("val_ppl")):
+        if not state.best:
+            return final
+        say(f"best at step {state.best['step']:,}, in {self.folder.best}")
+        best = self.machine.from_rank_0(lambda: load_checkpoint(self.folder.best))
+        self.trainer.model.load_state_dict(best["model"])
+        for split in [name for name in self.dataset.counts if name != "train"]:
+            known = self.best_figures if split == "val" else None
+            final[split] = known or self.figures_of(split)
+            say(figures_text(split, final[split], self.dataset.separator))
+        for sentence in verdicts(self.config.plain(), state.best["val_ppl"]):
             say(sentence)
+        return final
 
 
 def eval_only(config, machine):

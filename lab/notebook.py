@@ -12,7 +12,7 @@ import os
 import re
 from urllib.parse import quote
 
-from lab.console import UserError, warn
+from lab.console import warn
 from lab.folder import read_bytes, read_json, read_lines, write_text, write_whole
 
 # the first line of a page, with the SHA-256 of all that follows
@@ -274,10 +274,8 @@ def signed(body):
 def write_notebook(path, folders, report, sweeps=()):
     """Write the entries of all runs anew, and join them to one page in the order in which the runs
     began. report: the Markdown above them. sweeps: the entries of sweeps, [(when it began, its
-    SavedRun, Markdown)]. Raises UserError without a run; OSError."""
+    SavedRun, Markdown)]. Raises OSError."""
     runs = [run for run in map(SavedRun, folders) if run.is_ours]
-    if not runs and not sweeps:
-        raise UserError("no run has an entry yet; train one to its first evaluation")
     for run in runs:
         write_entry(run.folder)
     entries = [(run.metadata["began"], run, entry(run)) for run in runs]
@@ -291,7 +289,6 @@ def write_notebook(path, folders, report, sweeps=()):
     # anchors of our own, since each reader of Markdown makes others
     contents, parts = "# Notebook\n", ""
     for i, (title, text) in enumerate(sections):
-        title = re.sub(r"([\\`*_\[\]<>&~$#|!])", r"\\\1", title)
         contents += f"\n1. [{title}](#part-{i})"
         parts += f'\n\n<a id="part-{i}"></a>\n\n## {title}\n\n{text.strip()}'
     write_page(path, f"{contents}{parts}\n")

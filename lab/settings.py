@@ -101,8 +101,7 @@ def check(cls, values):
         try:
             right[name] = as_held(fields[name], value)
         except ValueError:
-            hint = did_you_mean(value, fields[name].metadata["choices"] or ())
-            problems.append(f"{name} takes {values_of(fields[name])}, not {value!r}{hint}")
+            problems.append(f"{name} takes {values_of(fields[name])}, not {value!r}")
     options = cls(**right)
     if not problems and hasattr(options, "problems"):
         problems = options.problems()

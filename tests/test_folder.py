@@ -6,19 +6,17 @@ import itertools
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, same
+from helpers import same
 
 import train
 from lab import folder
 from lab.console import UserError
-from lab.folder import Lock, load_checkpoint, newest_checkpoint, read_lines, save_checkpoint
+from lab.folder import load_checkpoint, newest_checkpoint, read_lines, save_checkpoint
 
 
 @pytest.fixture
@@ -27,31 +25,6 @@ def done(tiny):
     words = [tiny, *"--max_steps 6 --save_interval 3 --out_dir out/done".split()]
     assert train.main(words) == 0
     return tiny
-
-
-OWNER = """
-import sys
-from lab.folder import Lock
-lock = Lock()
-lock.take(".lock", "the folder", "wait")
-print(flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_lock_has_one_owner_whom_it_names_and_a_kill_frees_it(in_tmp):
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", OWNER], env=env, **pipes) as owner:
-        owner.stdout.readline()
-        with Lock() as lock, pytest.raises(UserError) as caught:
-            lock.take(".lock", "the folder", "wait")
-        assert f"the folder is in use by process {owner.pid} on " in str(caught.value)
-        owner.send_signal(signal.SIGKILL)
-        owner.wait()
-        with Lock() as lock:
-            lock.take(".lock", "the folder", "wait")
-            assert lock.owned
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a /dev/null that fsync refuses")

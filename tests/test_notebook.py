@@ -203,7 +203,7 @@ def test_the_runs_stand_in_the_order_in_which_they_began(run):
     leave("z", "2026-11-01 09:59", "Does *it* learn?")
     leave("m", "2026-11-01 10:00:01")
     text = whole()
-    titles = ["All runs", r"Does \*it\* learn? - 2026-11-01 (z)"]
+    titles = ["All runs", "Does *it* learn? - 2026-11-01 (z)"]
     titles += [f"Does it learn? - 2026-11-01 ({name})" for name in "am"]
     assert re.findall("^## (.*)$", text, re.MULTILINE) == titles
     contents = re.findall(r"^1\. \[(.*)\]\(#(.*)\)$", text, re.MULTILINE)
@@ -212,11 +212,6 @@ def test_the_runs_stand_in_the_order_in_which_they_began(run):
     assert (
         text.startswith("<!-- Generated") and "](report.png)" in text and "](z/curve.png)" in text
     )
-
-
-def test_a_conclusion_of_after_the_run_is_shown(run):
-    (run / "conclusion.md").write_text("Mine")
-    assert "### Conclusion\n\nMine" in whole() and "## Conclusion\n\nMine" in text_of(run)
 
 
 def test_no_part_of_an_entry_leaves_its_section(run):
