@@ -47,9 +47,27 @@ def show(value):
     return f"{value:,.4f}" if value < 20 else f"{value:,.2f}"
 
 
-def chinchilla(parameters, tokens):
-    """How a model's size compares with Chinchilla's 20 tokens per parameter, as a phrase."""
-    return f"{20 * parameters / tokens:,.2f} times the Chinchilla-optimal size for one epoch"
+def facts(metadata):
+    """What is trained, on what and for how long, from a run.json's dict, as {name: phrase}."""
+    m, c, n, data = metadata, metadata["config"], metadata["parameters"], metadata["data"]
+    train, val = (data["splits"][split] for split in ("train", "val"))
+    N, D, flops = n["total"], train["tokens"], m["flops_per_token"]
+    planned = m["steps"] * m["step_tokens"]
+    rows = m["vocab_size"] * c["d_model"] + n["head_bias"]  # the vocabulary's
+    return {
+        "parameters": f"{N:,} (embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, "
+        f"blocks {n['blocks']:,})",
+        "data": f"{c['dataset']}, from {data['source']}, separator {data['separator']}: {D:,} "
+        f"training tokens, {val['tokens']:,} of validation",
+        "vocabulary": f"{m['vocab_size']:,} tokens ({data['tokenizer']}) of "
+        f"{train['bytes'] / D:.2f} bytes, {rows / N:.0%} of the parameters",
+        "ratio": f"{D / N:.2f} tokens per parameter in one epoch, {planned / N:.2f} in the run; "
+        f"{20 * N / D:,.2f} times the Chinchilla-optimal size for one epoch",
+        "steps": f"{m['steps']:,} of {c['batch_size']} x {c['max_seq_len']} = "
+        f"{m['step_tokens']:,} tokens, {c['warmup_steps']} of warm-up; {planned / D:.2f} epochs",
+        "compute": f"{flops:,} FLOPs per token, {flops * m['step_tokens']:.3g} per step, "
+        f"{flops * planned:.3g} in the run",
+    }
 
 
 def verdicts(c, ppl, so_far=""):
@@ -122,48 +140,39 @@ def entry(run):
     metadata, c = run.metadata, run.metadata["config"]
     title, question, expected = opening(run, c)
 
-    # the figures of its parts
-    n, data, names = metadata["parameters"], metadata["data"], ("tokens", "words", "bytes")
+    names, told = ("tokens", "words", "bytes"), facts(metadata)
     settings = [[key, c[key]] for key in [*SHAPE, "init_from"] if c.get(key, "") != ""]
-    sizes = [[split, *(show(counts[k]) for k in names)] for split, counts in data["splits"].items()]
-    train = data["splits"]["train"]
-    N, D = n["total"], train["tokens"]
-    rows = metadata["vocab_size"] * c["d_model"] + n["head_bias"]  # the vocabulary's
-    planned = metadata["steps"] * metadata["step_tokens"]
+    splits = metadata["data"]["splits"].items()
+    sizes = [[split, *(show(counts[name]) for name in names)] for split, counts in splits]
     muon = f"Muon for the blocks' matrices, lr {c['muon_learning_rate']:g}, and "
     words = written(read_bytes(f"{run.folder}/conclusion.md"))
-    not_yet = [f"No evaluation yet, step {run.last['step']:,}."]
+    so_far = run.last["tokens"] / metadata["parameters"]["total"]
 
     paragraphs = [
         f"# {title} - {metadata['began'][:10]}",
         "## What we're doing",
         question,
         "## Model",
-        table(["setting", "value"], [["vocab_size", show(metadata["vocab_size"])], *settings]),
-        f"**Parameters: {N:,}** (embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, "
-        f"blocks {n['blocks']:,}), {metadata['flops_per_token']:,} FLOPs per token of training",
+        table(["setting", "value"], settings),
+        f"Parameters: {told['parameters']}",
         "## Data",
-        f"{c['dataset']}, from {data['source']}, separator {data['separator']}. Vocabulary: "
-        f"{metadata['vocab_size']:,} tokens ({data['tokenizer']}) of "
-        f"{train['bytes'] / train['tokens']:.2f} bytes; their rows are {rows / N:.0%} of the "
-        "parameters.",
+        told["data"],
         table(["split", *names], sizes),
-        f"D / N, training tokens per parameter: {D / N:.2f} in one epoch, "
-        f"{run.last['tokens'] / N:.2f} so far, {planned / N:.2f} in the run as planned. "
-        f"Chinchilla's ratio is 20: the model has {chinchilla(N, D)}.",
+        f"Vocabulary: {told['vocabulary']}",
+        f"D / N: {told['ratio']}. So far: {so_far:.2f}.",
         "## Set-up",
         *(given_part(metadata, c) if "given" in metadata else []),  # an earlier version's has none
         f"- Optimizer: {muon if c['optimizer'] == 'muon' else ''}AdamW, lr {c['learning_rate']:g}, "
-        f"{c['warmup_steps']} steps of warm-up, then {c['lr_schedule']} to "
-        f"{c['min_learning_rate']:g}; betas {c['beta1']:g} and {c['beta2']:g}, epsilon "
-        f"{c['adam_eps']:g}, weight decay {c['weight_decay']:g}, clipping {c['grad_clip']:g}\n"
-        f"- Batch: {c['batch_size']} x {c['max_seq_len']} = {metadata['step_tokens']:,} tokens per "
-        f"step; {metadata['steps']:,} steps, {planned / D:.2f} epochs; seed {c['seed']}\n"
+        f"schedule {c['lr_schedule']} to {c['min_learning_rate']:g}; betas {c['beta1']:g} and "
+        f"{c['beta2']:g}, epsilon {c['adam_eps']:g}, weight decay {c['weight_decay']:g}, clipping "
+        f"{c['grad_clip']:g}\n"
+        f"- Steps: {told['steps']}; seed {c['seed']}\n"
+        f"- Compute: {told['compute']}\n"
         f"- Machine: {metadata['machine']}; {metadata['versions']}; commit {metadata['commit']}",
         "## Expected",
         expected,
         "## Results",
-        *(results_part(run, c) if run.evaluations else not_yet),
+        *(results_part(run, c) if run.evaluations else ["No evaluation yet."]),
         *(["## Conclusion", words] if words else []),
     ]
     return "\n\n".join(paragraphs) + "\n"

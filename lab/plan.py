@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from lab.notebook import chinchilla
+from lab.notebook import facts
 from lab.optimizer import warmup_of
 from lab.trainer import micro_batch_size
 
@@ -35,35 +35,21 @@ def describe(config, dataset, model, batches, total_steps):
 
 
 def plan_text(metadata, config, machine, model):
-    """What is about to be trained, as text: the true counts, the data, Chinchilla's ratio, steps,
-    FLOPs, memory. metadata: describe()'s. model: of the same shape, with or without memory."""
-    m, n, flops = metadata, metadata["parameters"], metadata["flops_per_token"]
-    train, val = (metadata["data"]["splits"][split] for split in ("train", "val"))
-    tokens, step_tokens = train["tokens"], metadata["step_tokens"]
-    run_tokens = metadata["steps"] * step_tokens
+    """What is about to be trained, as text: facts, first weights, time and memory. metadata:
+    describe()'s. model: of the same shape, with or without memory."""
     micro = micro_batch_size(config, model, machine)
     memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
     source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
     last = f"{config.out_dir}/last.pt"
     goes_on = config.resume and os.path.exists(last)
+    run_tokens = metadata["steps"] * metadata["step_tokens"]
     lines = {
         "run": f"{config.out_dir} on {machine}",
         "weights": f"of {last}" if goes_on else f"initialised {source}",
-        "parameters": f"{n['total']:,}: embeddings {n['embeddings']:,}, head bias "
-        f"{n['head_bias']:,}, blocks {n['blocks']:,}",
-        "data": f"{config.dataset}: {tokens:,} training tokens, {val['tokens']:,} of validation",
-        "vocabulary": f"{m['vocab_size']:,} tokens ({m['data']['tokenizer']}) of "
-        f"{train['bytes'] / tokens:.2f} bytes, {model.vocabulary_share():.0%} of the parameters",
-        "ratio": f"{tokens / n['total']:.2f} tokens per parameter in an epoch, "
-        f"{run_tokens / n['total']:.2f} in the run",
-        "": f"{chinchilla(n['total'], tokens)} (20 tokens per parameter)",
-        "steps": f"{m['steps']:,} of {config.batch_size} x {config.max_seq_len} = {step_tokens:,} "
-        f"tokens, {tokens / step_tokens:,.1f} per epoch, {m['config']['warmup_steps']} of warm-up, "
-        f"{micro} sequences per forward pass",
-        "compute": f"{flops:,} FLOPs per token, {flops * step_tokens:.3g} per step, "
-        f"{flops * run_tokens:.3g} in the run",
+        **facts(metadata),
         "time": how_long(config, model, machine, run_tokens),
-        "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves",
+        "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves, with "
+        f"{micro} sequences per forward pass",
     }
     return "\n".join(f"{name:10}  {line}" for name, line in lines.items() if line)
 

@@ -313,7 +313,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
     count = VOCAB * 8 + 16 * 8 + VOCAB + 2 * (4 * 72 + 2 * 8 * 16 + 16 + 8 + 4 * 8) + 16
     ratio, chinchilla = f"{3000 / count:.2f} ", f" {20 * count / 3000:.2f} times "
     for figure in (
-        f" {count:,}:",
+        f" {count:,} (",
         " 3,000 ",
         ratio,
         chinchilla,
