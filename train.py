@@ -19,12 +19,11 @@ from config import load_config
 from lab.console import UserError, command, progress, run, stop_signals
 from lab.data import Dataset, batches_of
 from lab.evaluate import evaluate, figures_text
-from lab.folder import Folder, load_checkpoint
+from lab.folder import Folder, Lock, load_checkpoint
 from lab.generate import continue_texts
 from lab.machine import open_machine
-from lab.notebook import invite, perplexity, verdict, write_entry
-from lab.optimizer import warmup_of
-from lab.plan import plan_text
+from lab.notebook import invite, perplexity, verdicts, write_entry
+from lab.plan import describe, plan_text
 from lab.state import State
 from lab.trainer import Trainer, micro_batch_size
 from lab.weights import build_model, open_for, settle, settle_dtype, with_context
@@ -40,16 +39,15 @@ def main(argv=None):
     with open_machine(config) as machine:
         if config.eval_only:
             return eval_only(config, machine)
-        quiet = machine.rank > 0
-        with stop_signals(quiet) as stop, Folder(config.out_dir, machine) as folder:
+        with stop_signals(quiet=machine.rank > 0) as stop, Lock() as lock:
+            folder = Folder(config.out_dir, machine, lock)
             return train(config, machine, folder, stop, command_of(argv, machine))
 
 
 def command_of(argv, machine):
     """The command that begins this run; with --resume it goes on with it."""
     words = [word for word in argv if word != "--resume"]
-    processes = machine.local_world if machine.world > 1 else 1
-    return command("train.py", *words, processes=processes)
+    return command("train.py", *words, processes=machine.local_world)
 
 
 def train(config, machine, folder, stop, this_command):
@@ -70,7 +68,8 @@ def train(config, machine, folder, stop, this_command):
     # the plan comes before anything that takes memory or writes
     with torch.device("meta"):
         planned = LanguageModel(**config.model_args(dataset.vocab_size))
-    machine.say(plan_text(config, machine, dataset, planned, batches, total_steps))
+    metadata = describe(config, dataset, planned, batches, total_steps)
+    machine.say(plan_text(metadata, config, machine, planned))
     if config.dry_run:
         return 0
     if config.sample_prompts != ():
@@ -92,47 +91,19 @@ def train(config, machine, folder, stop, this_command):
         return 0
     trainer = Trainer(config, machine, model, batches, total_steps)
     if checkpoint:
-        tell_learning_rate(checkpoint, trainer, state)
         trainer.load_state_dict(checkpoint)
+        was, now = checkpoint["optimizers"][0]["param_groups"][0]["lr"], trainer.lr(state.step)
+        if finished and now > was:
+            machine.say(
+                f"the learning rate goes back up, from {was:.2e} to {now:.2e}, since its schedule "
+                f"is now {total_steps:,} steps long; where it is not to, begin another run with "
+                "all its steps, or with --lr_schedule constant"
+            )
     del checkpoint, weights  # or their copies of the weights would stay
-    metadata = describe(config, dataset, model, batches, total_steps)
-    folder.begin(state, metadata | dict(command=this_command))
+    metadata |= dict(command=this_command)
+    machine.from_rank_0(lambda: folder.begin(state, metadata))
     folder.write("conclusion.md", lambda: invite(folder.path))
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
-
-
-def describe(config, dataset, model, batches, total_steps):
-    """What the run is, a dict for run.json."""
-    return dict(
-        name=config.name,
-        doc=config.doc,
-        file=config.file,
-        given=config.given,
-        departs=config.departs,
-        config=config.plain() | {"warmup_steps": warmup_of(config, total_steps)},
-        steps=total_steps,
-        step_tokens=batches.step_tokens,
-        parameters=model.count(),
-        flops_per_token=model.flops_per_token(),
-        vocab_size=dataset.vocab_size,
-        data=dict(
-            source=dataset.source["name"],
-            tokenizer=dataset.tokenizer,
-            separator=dataset.separator,
-            splits={split: vars(counts) for split, counts in dataset.counts.items()},
-        ),
-    )
-
-
-def tell_learning_rate(checkpoint, trainer, state):
-    """Say it if the run's length is now another, and its learning rate higher than it was left."""
-    was, now = checkpoint["optimizers"][0]["param_groups"][0]["lr"], trainer.lr(state.step)
-    if trainer.lr(max(0, state.step - 1)) > was:
-        trainer.machine.say(
-            f"the learning rate goes back up, from {was:.2e} to {now:.2e}, since its schedule is "
-            f"now {state.total_steps:,} steps long; where it is not to, begin another run with all "
-            "its steps, or with --lr_schedule constant"
-        )
 
 
 def prompts_from(tokens, encoding):
@@ -163,22 +134,22 @@ class Run:
         """Train, and tell how it ended. Returns the process's exit code."""
         over = self.loop()
         self.bar.close()
+        state, folder, say = self.state, self.folder, self.machine.say
         if over == NOT_FINITE:
-            return self.give_up()
-        self.save()
-        final = self.last_figures() if over and self.state.best else {}
-        if not over or final is None:
-            step, last = self.state.step, self.folder.last_is()
-            self.machine.say(f"stopped at step {step:,}, {last}; resume with: {resume_command}")
-            return 1
-        self.tell_end(over, final)
-        if not self.folder.finish(self.state, final):
-            self.machine.say(
-                f"{self.folder.path} could not be written to the last: {self.folder.last_is()}; "
-                f"free some space, then resume with: {resume_command}"
+            skipped = state.skipped_in_a_row
+            steps = f" in {skipped} steps in a row, which changed no weight" if skipped else ""
+            say(
+                f"error: step {state.step:,}: {NOT_FINITE}{steps}; try a lower --learning_rate, a "
+                "longer --warmup_steps or --dtype float32, with another --out_dir",
+                file=sys.stderr,
             )
             return 1
-        self.write_entry()
+        self.save()
+        if not over or not folder.finish(state, self.tell_end(over)):
+            step, last = state.step, folder.last_is()
+            say(f"stopped at step {step:,}, {last}; resume with: {resume_command}")
+            return 1
+        folder.write("notebook.md", lambda: write_entry(folder.path))
         return 0
 
     def loop(self):
@@ -189,10 +160,7 @@ class Run:
             # before a step: an evaluation may be due, and the run may be over
             if state.evaluation_is_due():
                 self.save()
-                loss = self.evaluate()
-                if loss is None:
-                    return ""
-                if not math.isfinite(loss):
+                if not math.isfinite(self.evaluate()):
                     return NOT_FINITE
             if over := state.why_over():
                 return over
@@ -202,7 +170,7 @@ class Run:
             lr = trainer.lr(state.step)
             state.pending.append(trainer.step(state.step))
             state.step += 1
-            log_is_due = state.log_is_due()
+            log_is_due = state.step % self.config.log_interval == 0
             if log_is_due:
                 norm = state.pending[-1][1]
                 state.count(machine)  # waits for the device, so that the clock is true
@@ -211,8 +179,11 @@ class Run:
 
             # once in a while: a line of the log
             if log_is_due:
-                speed = steps * trainer.batches.step_tokens / busy
-                self.log(lr, norm.item(), speed)
+                loss, speed = state.train_loss(), steps * trainer.batches.step_tokens / busy
+                figures = dict(train_loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=speed)
+                self.folder.log(state, **figures)
+                shown = f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
+                self.bar.set_postfix_str(shown, refresh=False)
                 busy, steps = 0.0, 0
 
             # the ranks agree on a signal and on the time
@@ -228,23 +199,13 @@ class Run:
             if stopping:
                 return ""
 
-    def log(self, lr, norm, speed):
-        """Write a line of metrics.jsonl, and show it beside the bar."""
-        loss = self.state.train_loss()
-        self.folder.log(self.state, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed)
-        text = f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
-        self.bar.set_postfix_str(text, refresh=False)
-
     def save(self):
         """Write last.pt."""
-        self.state.count(self.machine)
-
-        def contents():
-            state, data = self.state.state_dict(), self.dataset.hashes()
-            return self.contents() | self.trainer.state_dict() | dict(state=state, data=data)
-
-        self.folder.save(self.state, contents)
-        self.state.saved_s = self.state.elapsed_s
+        state, data = self.state, self.dataset.hashes()
+        state.count(self.machine)
+        more = self.trainer.state_dict() | dict(state=state.state_dict(), data=data)
+        self.folder.save(state, self.contents() | more)
+        state.saved_s = state.elapsed_s
 
     def contents(self):
         """What every checkpoint holds: tensors, dicts, lists, strings and numbers only."""
@@ -260,32 +221,21 @@ class Run:
             device=self.machine.device.type,
         )
 
-    def write_entry(self):
-        """Write the run's entry in the notebook and its curve anew."""
-        self.folder.write("notebook.md", lambda: write_entry(self.folder.path))
-
     def figures_of(self, split):
-        """evaluate() on a split; None if a signal came."""
-        return evaluate(
-            self.trainer.model,
-            self.dataset.split(split),
-            self.machine,
-            self.trainer.micro,
-            stopped=lambda: bool(self.stop),
-        )
+        """evaluate() on a split."""
+        machine, micro = self.machine, self.trainer.micro
+        return evaluate(self.trainer.model, self.dataset.split(split), machine, micro)
 
     def evaluate(self):
-        """Evaluate, and write down what came of it. Returns the loss, None if a signal came."""
+        """Evaluate, and write down what came of it. Returns the loss."""
         whole = self.figures_of("val")
-        if whole is None:
-            return None
         state, folder = self.state, self.folder
         kept = ("loss", "stderr", "ppl", "ppl_word", "bits_per_byte")
         figures = {f"val_{name}": whole[name] for name in kept}
 
         # the best is what best.pt holds
-        contents = lambda: self.contents() | {"metrics": figures}  # noqa: E731
-        best = state.is_best(whole["loss"]) and folder.save_best(contents)
+        checkpoint = self.contents() | {"metrics": figures}
+        best = state.is_best(whole["loss"]) and folder.save_best(checkpoint)
         train_loss = state.evaluated(figures, best)
         if best:
             self.best_figures = whole
@@ -299,7 +249,7 @@ class Run:
             f"val loss {figures['val_loss']:.4f} | val perplexity {perplexity(figures['val_ppl'])}"
             + (f" | best so far, saved to {folder.best}" if best else "")
         )
-        self.write_entry()
+        folder.write("notebook.md", lambda: write_entry(folder.path))
         return whole["loss"]
 
     def samples(self):
@@ -313,47 +263,24 @@ class Run:
         args = self.trainer.model, encoding, prompts, dataset.separator, SAMPLE_TOKENS
         return {"samples": continue_texts(*args)}
 
-    def last_figures(self):
-        """{split: figures} of the best checkpoint on validation and test; None if a signal came."""
-        best = self.machine.from_rank_0(lambda: load_checkpoint(self.folder.best))
-        self.trainer.model.load_state_dict(best["model"])
-        final = {}
-        for split in self.dataset.counts:
-            if split == "train":
-                continue
-            known = self.best_figures if split == "val" else None
-            final[split] = known or self.figures_of(split)
-            if final[split] is None:
-                return None
-        return final
-
-    def tell_end(self, over, final):
-        """Print how the run ended."""
-        state, say, config = self.state, self.machine.say, self.config
+    def tell_end(self, over):
+        """Print how the run ended. Returns {split: figures} of the best checkpoint."""
+        state, say, final = self.state, self.machine.say, {}
         say(f"finished: {over}")
         if state.skipped:
             say(f"{state.skipped:,} of {state.step:,} steps were skipped: {NOT_FINITE}")
-        if state.best:
-            say(f"best at step {state.best['step']:,}, in {self.folder.best}")
-        for split, figures in final.items():
-            say(figures_text(split, figures, self.dataset.separator))
-        if state.best and config.expected_ppl:
-            low, high = config.expected_ppl
-            met = verdict(config.expected_ppl, state.best["val_ppl"])
-            say(f"expected {low:g} to {high:g}: {met}")
-        if config.recorded_ppl:
-            say(f"the original notebook recorded {perplexity(config.recorded_ppl)}")
-
-    def give_up(self):
-        """Say that the run cannot go on. Returns the exit code."""
-        skipped = self.state.skipped_in_a_row
-        steps = f" in {skipped} steps in a row, which changed no weight" if skipped else ""
-        self.machine.say(
-            f"error: step {self.state.step:,}: {NOT_FINITE}{steps}; try a lower --learning_rate, a "
-            "longer --warmup_steps or --dtype float32, with another --out_dir",
-            file=sys.stderr,
-        )
-        return 1
+        if not state.best:
+            return final
+        say(f"best at step {state.best['step']:,}, in {self.folder.best}")
+        best = self.machine.from_rank_0(lambda: load_checkpoint(self.folder.best))
+        self.trainer.model.load_state_dict(best["model"])
+        for split in [name for name in self.dataset.counts if name != "train"]:
+            known = self.best_figures if split == "val" else None
+            final[split] = known or self.figures_of(split)
+            say(figures_text(split, final[split], self.dataset.separator))
+        for sentence in verdicts(self.config.plain(), state.best["val_ppl"]):
+            say(sentence)
+        return final
 
 
 def eval_only(config, machine):

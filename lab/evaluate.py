@@ -23,14 +23,14 @@ def spans(predicted, context, stride):
     return windows
 
 
-def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
+def evaluate(model, split, machine, rows, stride=0):
     """The loss over a whole split, in order, every token but the first predicted once.
 
     split: a Split. rows: windows in a forward pass. stride: how far windows of the model's context
-    move; 0 is their length, without overlap. Returns None if stopped() on any rank, else a dict:
-    loss (nats per token; nan or inf if the model gives that), its standard error `stderr` (over
-    windows, since a window's tokens are not independent), ppl (per token), ppl_word (None but for
-    prose), bits_per_byte, and the tokens, words, bytes, context and stride that they are over.
+    move; 0 is their length, without overlap. Returns a dict: loss (nats per token; nan or inf if
+    the model gives that), its standard error `stderr` (over windows, since a window's tokens are
+    not independent), ppl (per token), ppl_word (None but for prose), bits_per_byte, and the tokens,
+    words, bytes, context and stride that they are over.
     """
     was_training, context = model.training, model.args["max_seq_len"]
     model.eval()
@@ -39,12 +39,9 @@ def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
     rows = min(rows, len(windows))
     batches = [windows[i : i + rows] for i in range(0, len(windows), rows)]
     # over windows: nats, tokens, and their products
-    sums, ended = torch.zeros(5, dtype=torch.float64), 0
+    sums = torch.zeros(5, dtype=torch.float64)
     with progress(len(batches), "evaluating", leave=False, disable=machine.rank > 0) as bar:
         for batch in batches[machine.rank :: machine.world]:
-            if stopped():
-                ended = 1
-                break
             # all forward passes have one shape: short windows and short batches are padded
             chunk = np.zeros((rows, context + 1), dtype=np.int64)
             for row, (start, end, _) in zip(chunk, batch, strict=False):
@@ -57,9 +54,7 @@ def evaluate(model, split, machine, rows, stride=0, stopped=lambda: False):
                 sums += torch.tensor([nats, n, nats**2, nats * n, n**2], dtype=torch.float64)
             bar.update(machine.world)
     model.train(was_training)
-    *sums, ended = machine.reduce(*sums.tolist(), ended)
-    if ended:
-        return None
+    sums = machine.reduce(*sums.tolist())
     return figures_of(*sums, len(windows), split) | dict(context=context, stride=stride)
 
 

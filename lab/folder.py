@@ -7,13 +7,11 @@ written: report.py needs none.
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import time
@@ -25,10 +23,10 @@ from lab.console import ROOT, UserError, command, warn
 # --- files that are whole at every moment
 
 
-def write_whole(path, write):
+def write_whole(path, write, kept=None):
     """Call write(file) on a new binary file, bring it to the disk and rename it to `path`, so that
-    path is whole at every moment. Raises OSError, a full disk's for instance, and then leaves path
-    as it was."""
+    path is whole at every moment. kept: a path that what was at `path` is renamed to before. Raises
+    OSError, a full disk's for instance, and then leaves both as they were."""
     part = f"{path}.part"
     try:
         with open(part, "wb") as file:
@@ -39,11 +37,9 @@ def write_whole(path, write):
         with contextlib.suppress(OSError):
             os.remove(part)
         raise
+    if kept and os.path.exists(path):
+        os.replace(path, kept)
     os.replace(part, path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some network file systems cannot
-        os.fsync(folder)  # or a power cut may take the new name away
-    os.close(folder)
 
 
 def write_text(path, text):
@@ -69,24 +65,14 @@ def read_json(path):
     return values if isinstance(values, dict) else {}
 
 
-def append_json(path, values):
-    """Add a dict as a line to a file, whole or not at all. Raises OSError."""
-    line = json.dumps(values).encode() + b"\n"
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
-        if file.write(line) < len(line):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def read_lines(path):
-    """The dicts with a step in a file of JSON lines. A line that a kill has torn is left out. []
-    without a file."""
+    """The dicts of a file of JSON lines; [] without a file. A line that a kill has torn is left
+    out."""
     values = []
     for line in read_bytes(path).splitlines():
         with contextlib.suppress(ValueError):
             values.append(json.loads(line))
-    return [v for v in values if isinstance(v, dict) and isinstance(v.get("step"), int)]
+    return values
 
 
 class Lock:
@@ -94,34 +80,30 @@ class Lock:
     the process ends, however it ends. Leaving a `with` frees it too."""
 
     def __init__(self):
-        self.descriptor = None
+        self.file = None
         self.owned = False
 
     def take(self, path, folder, fix):
         """Take the lock at `path`. Raises UserError, which names `folder`, its owner and `fix`, if
-        another process has it; OSError if path is not to be had. Where the file system has no
-        locks, a warning, and it counts as taken."""
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        another process has it; OSError if path is not to be had or its file system has no locks."""
+        self.file = open(path, "a+b", buffering=0)
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(self.descriptor, 1000, 0).decode(errors="replace").strip()
-            raise UserError(f"{folder} is in use by {owner or 'another process'}; {fix}") from None
-        except OSError as error:
-            warn(f"no locks here ({error.strerror}); let no other process write into {folder}")
+            self.file.seek(0)
+            owner = self.file.read().decode().strip() or "another process"
+            raise UserError(f"{folder} is in use by {owner}; {fix}") from None
         self.owned = True
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without its owner's name
-            os.ftruncate(self.descriptor, 0)
-            owner = f"process {os.getpid()} on {socket.gethostname()}\n"
-            os.pwrite(self.descriptor, owner.encode(), 0)
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-        self.descriptor, self.owned = None, False
+        if self.file:
+            self.file.close()
+        self.file, self.owned = None, False
 
 
 # --- checkpoints
@@ -131,35 +113,19 @@ TO_RESUME = TO_SAMPLE | {"optimizers", "scaler", "state", "config", "data"}
 
 
 def save_checkpoint(checkpoint, path, kept=None):
-    """Write a checkpoint, a dict, whole. kept: a path that gets what was at `path`, so that both
-    are whole at every moment and hold two different states. Raises OSError, and then leaves both
-    as they were."""
+    """Write a checkpoint, a dict, whole. kept: a path that gets what was at `path`, so that two
+    different states are whole at every moment; between the two renames, that of `path` has still
+    another name, which newest_checkpoint() knows. Raises OSError, and then leaves both as they
+    were."""
     import torch
 
     def write(file):
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # what torch makes of a write that fails
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            raise error.__context__ or error from None
 
-    old = f"{kept}.part"
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(old)  # a killed process's
-    if kept and os.path.exists(path):
-        try:
-            os.link(path, old)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, old)
-    try:
-        write_whole(path, write)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(old)
-        raise
-    if os.path.exists(old):
-        os.replace(old, kept)
+    write_whole(path, write, kept)
 
 
 def load_checkpoint(path, needed=TO_SAMPLE):
@@ -174,16 +140,18 @@ def load_checkpoint(path, needed=TO_SAMPLE):
             is_whole = archive.testzip() is None  # torch checks no checksums
         if is_whole:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        make = command("train.py", ROOT / "config/demo.py")
-        raise UserError(f"there is no checkpoint {path}; `{make}` makes one") from None
     except OSError as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror}; fix that") from None
+        make = command("train.py", ROOT / "config/demo.py")
+        why = error.strerror
+        raise UserError(f"cannot read checkpoint {path}: {why}; `{make}` makes one") from None
     except Exception as error:  # torn or another program's: as many exceptions as ways to be so
         if is_out_of_memory(error):
             raise
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise NotValid(f"{path} is not a valid checkpoint of this program; name another")
+        raise NotValid(
+            f"{path} is not a valid checkpoint of this program; bring it back from a copy, or use "
+            "another"
+        )
     return checkpoint
 
 
@@ -201,28 +169,17 @@ def newest_checkpoint(folder):
     """(checkpoint, path) of the newest valid checkpoint in a run's folder, (None, None) where there
     is none. A damaged last.pt is put aside, with a warning, and prev.pt taken. Raises UserError if
     there are checkpoints and none is valid; OSError."""
-    last, prev = f"{folder}/last.pt", f"{folder}/prev.pt"
-    damaged = []
-    for path in filter(os.path.lexists, (last, prev)):
+    last, prev, part = (f"{folder}/{name}" for name in ("last.pt", "prev.pt", "last.pt.part"))
+    if os.path.exists(prev) and os.path.exists(part) and not os.path.exists(last):
+        os.replace(part, last)  # a save was killed between its two renames
+    for path in filter(os.path.exists, (last, prev)):
         try:
-            checkpoint = load_checkpoint(path, TO_RESUME)
+            return load_checkpoint(path, TO_RESUME), path
         except NotValid:
-            damaged.append(path)
-            continue
-        if damaged:
+            if path == prev or not os.path.exists(prev):
+                raise
             os.replace(last, f"{last}.damaged")  # or the next save would make it prev.pt
-            steps = [line["step"] for line in read_lines(f"{folder}/metrics.jsonl")]
-            lost = max(0, max(steps, default=0) - checkpoint["step"])
-            warn(
-                f"{last} is damaged and now {last}.damaged; going back to {path}, which costs "
-                f"{lost:,} of the steps in metrics.jsonl"
-            )
-        return checkpoint, path
-    if damaged:
-        raise UserError(
-            f"{' and '.join(damaged)}: not a valid checkpoint of this program; bring one back from "
-            "a copy, or begin anew with another --out_dir"
-        )
+            warn(f"{last} is damaged and now {last}.damaged; going back to {prev}")
     return None, None
 
 
@@ -236,24 +193,15 @@ def metadata_of(folder):
 
 
 class Folder:
-    """The folder of one run, and its owner's hold on it.
+    """The folder of one run. Rank 0 writes; on the other ranks the same methods do nothing. What
+    cannot be written, on a full disk for instance, costs one warning and not the run: what was
+    whole stays whole. lock: a Lock, which whoever made it leaves."""
 
-    Rank 0 writes; on the other ranks the same methods do nothing. What cannot be written, on a full
-    disk for instance, costs one warning and not the run: what was whole stays whole.
-    """
-
-    def __init__(self, path, machine):
-        self.path, self.machine = path, machine
+    def __init__(self, path, machine, lock):
+        self.path, self.machine, self.lock = path, machine, lock
         self.last, self.prev, self.best = (f"{path}/{name}.pt" for name in ("last", "prev", "best"))
         self.final, self.metrics = f"{path}/final.json", f"{path}/metrics.jsonl"
         self.saved = 0, 0  # the step, and the last evaluation's step, that last.pt holds
-        self.lock = Lock()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.lock.__exit__()
 
     def open(self, config, hashes, resume_command):
         """Own the folder, on rank 0, and find what the run goes on from.
@@ -272,12 +220,18 @@ class Folder:
                     "another with --out_dir DIR"
                 )
             checkpoint, path = newest_checkpoint(self.path)
-            if checkpoint and (changed := differences(config, hashes, checkpoint)):
-                raise UserError(
-                    f"{path} is of another experiment: {changed}; bring that back, or choose "
-                    "another --out_dir"
-                )
-            self.keep_metrics(checkpoint["state"] if checkpoint else {})
+            if checkpoint:
+                changed = config.differences(checkpoint["config"])
+                for split in hashes:
+                    if hashes[split] != checkpoint["data"][split]:
+                        changed.append(f"its {split} split was another (SHA-256)")
+                if changed:
+                    raise UserError(
+                        f"{path} is of another experiment: {'; '.join(changed)}; bring that back, "
+                        "or choose another --out_dir"
+                    )
+            if taken:
+                self.keep_metrics(checkpoint["state"] if checkpoint else {})
         except OSError as error:
             raise self.unusable(error) from None
         if checkpoint:
@@ -296,39 +250,31 @@ class Folder:
     def keep_metrics(self, state):
         """Drop the lines of metrics.jsonl that a resumed run will write again, those past its
         checkpoint, and torn ones."""
-        kept = []
+        text = ""
         for line in read_lines(self.metrics):
-            reached = state.get("evaluated_step" if "val_loss" in line else "step", 0)
-            if line["step"] <= reached:
-                kept.append(json.dumps(line) + "\n")
-        text = "".join(kept)
-        if text.encode() != read_bytes(self.metrics):
-            write_text(self.metrics, text)
+            if line["step"] <= state.get("evaluated_step" if "val_loss" in line else "step", 0):
+                text += json.dumps(line) + "\n"
+        write_text(self.metrics, text)
 
     # --- what the run writes
 
     def begin(self, state, metadata):
-        """Write run.json; from here on the run has not ended. Raises UserError."""
+        """Write run.json, on rank 0; from here on the run has not ended. Raises UserError."""
         self.saved = state.step, state.evaluated_step
         machine, path = self.machine, f"{self.path}/run.json"
-        old = read_json(path)
         metadata |= dict(
-            began=old.get("began") or time.strftime("%Y-%m-%d %H:%M:%S"),
+            began=read_json(path).get("began") or time.strftime("%Y-%m-%d %H:%M:%S"),
             commit=commit(),
             machine=f"{machine}, {machine.device_name()}",
             device=machine.device.type,
             versions=f"Python {platform.python_version()}, torch {version('torch')}",
         )
-
-        def write():
-            try:
-                if os.path.exists(self.final):
-                    os.remove(self.final)
-                write_text(path, json.dumps(metadata, indent=2) + "\n")
-            except OSError as error:
-                raise self.unusable(error) from None
-
-        machine.from_rank_0(write)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.final)
+            write_text(path, json.dumps(metadata, indent=2) + "\n")
+        except OSError as error:
+            raise self.unusable(error) from None
 
     def write(self, what, function):
         """Call function() on rank 0; whether it went through, on rank 0 alone (True elsewhere)."""
@@ -353,20 +299,26 @@ class Folder:
         for name, value in line.items():
             if isinstance(value, float) and not math.isfinite(value):
                 line[name] = None
-        self.write("metrics.jsonl", lambda: append_json(self.metrics, line))
 
-    def save(self, state, contents):
-        """Write last.pt, unless it holds this very state; what it held becomes prev.pt. contents():
-        the checkpoint's dict."""
+        def append():
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+        self.write("metrics.jsonl", append)
+
+    def save(self, state, checkpoint):
+        """Write last.pt, unless it holds this very state; what it held becomes prev.pt."""
         now = state.step, state.evaluated_step
-        if now != self.saved and self.write(
-            self.last, lambda: save_checkpoint(contents(), self.last, kept=self.prev)
-        ):
+
+        def write():
+            save_checkpoint(checkpoint, self.last, kept=self.prev)
+
+        if now != self.saved and self.write(self.last, write):
             self.saved = now
 
-    def save_best(self, contents):
+    def save_best(self, checkpoint):
         """Write best.pt; whether it went through, the same on every rank."""
-        written = self.write(self.best, lambda: save_checkpoint(contents(), self.best))
+        written = self.write(self.best, lambda: save_checkpoint(checkpoint, self.best))
         return not self.machine.reduce(not written)[0]
 
     def finish(self, state, final):
@@ -381,21 +333,11 @@ class Folder:
         return whole
 
 
-def differences(config, hashes, checkpoint):
-    """What makes a checkpoint another experiment than this config and these token files, as a
-    phrase; "" if nothing."""
-    changed = config.differences(checkpoint["config"])
-    for split, sha256 in hashes.items():
-        if sha256 != checkpoint["data"][split]:
-            changed.append(f"its {split} split was another (SHA-256)")
-    return "; ".join(changed)
-
-
 def commit():
     """This program's commit, with a + where files differ from it; "unknown" outside a clone."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(git, capture_output=True, text=True)
+    except OSError:  # there is no git
         return "unknown"
     return done.stdout.strip() or "unknown"

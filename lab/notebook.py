@@ -10,10 +10,9 @@ import json
 import math
 import os
 import re
-import warnings
 from urllib.parse import quote
 
-from lab.console import UserError, warn
+from lab.console import warn
 from lab.folder import read_bytes, read_json, read_lines, write_text, write_whole
 
 # the first line of a page, with the SHA-256 of all that follows
@@ -48,28 +47,48 @@ def show(value):
     return f"{value:,.4f}" if value < 20 else f"{value:,.2f}"
 
 
-def chinchilla(parameters, tokens):
-    """How a model's size compares with Chinchilla's 20 tokens per parameter, as a phrase."""
-    return f"{20 * parameters / tokens:,.2f} times the Chinchilla-optimal size for one epoch"
+def facts(metadata):
+    """What is trained, on what and for how long, from a run.json's dict, as {name: phrase}."""
+    m, c, n, data = metadata, metadata["config"], metadata["parameters"], metadata["data"]
+    train, val = (data["splits"][split] for split in ("train", "val"))
+    N, D, flops = n["total"], train["tokens"], m["flops_per_token"]
+    planned = m["steps"] * m["step_tokens"]
+    rows = m["vocab_size"] * c["d_model"] + n["head_bias"]  # the vocabulary's
+    return {
+        "parameters": f"{N:,} (embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, "
+        f"blocks {n['blocks']:,})",
+        "data": f"{c['dataset']}, from {data['source']}, separator {data['separator']}: {D:,} "
+        f"training tokens, {val['tokens']:,} of validation",
+        "vocabulary": f"{m['vocab_size']:,} tokens ({data['tokenizer']}) of "
+        f"{train['bytes'] / D:.2f} bytes, {rows / N:.0%} of the parameters",
+        "ratio": f"{D / N:.2f} tokens per parameter in one epoch, {planned / N:.2f} in the run; "
+        f"{20 * N / D:,.2f} times the Chinchilla-optimal size for one epoch",
+        "steps": f"{m['steps']:,} of {c['batch_size']} x {c['max_seq_len']} = "
+        f"{m['step_tokens']:,} tokens, {c['warmup_steps']} of warm-up; {planned / D:.2f} epochs",
+        "compute": f"{flops:,} FLOPs per token, {flops * m['step_tokens']:.3g} per step, "
+        f"{flops * planned:.3g} in the run",
+    }
 
 
-def verdict(expected, ppl):
-    """How a perplexity compares with the (low, high) that was expected."""
-    ppl = math.inf if ppl is None else ppl
-    return "exceeded" if ppl < expected[0] else "met" if ppl <= expected[1] else "not met"
+def verdicts(c, ppl, so_far=""):
+    """How a perplexity compares with what a config, as a dict, expects and what was recorded: a
+    list of sentences."""
+    sentences = []
+    if c["expected_ppl"]:
+        low, high = c["expected_ppl"]
+        ppl = math.inf if ppl is None else ppl
+        met = "exceeded" if ppl < low else "met" if ppl <= high else "not met"
+        sentences.append(f"Expected {low:g} to {high:g}: {met}{so_far}.")
+    if c["recorded_ppl"]:
+        sentences.append(f"The original notebook recorded {c['recorded_ppl']:g}.")
+    return sentences
 
 
 def table(head, rows):
-    """A Markdown table, numbers to the right."""
-    shown = []
-    for cells in [head, *rows]:
-        shown.append([" ".join(str(cell).splitlines()).replace("|", "\\|") for cell in cells])
-    line = []
-    for column in zip(*shown[1:], strict=True):
-        is_number = not "".join(column).strip("-+,.0123456789e%: ±")
-        line.append("---:" if is_number else "---")
-    shown.insert(1, line or ["---"] * len(head))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in shown)
+    """A Markdown table, all but the first column to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    cells = [[" ".join(str(c).splitlines()).replace("|", "\\|") for c in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 # --- a run, read back
@@ -80,8 +99,7 @@ class SavedRun:
 
     def __init__(self, folder):
         self.folder = folder
-        # what is no text in a name becomes "?"
-        self.name = os.path.basename(os.path.abspath(folder)).encode(errors="replace").decode()
+        self.name = os.path.basename(os.path.abspath(folder))
         self.metadata = read_json(f"{folder}/run.json")
         self.final = read_json(f"{folder}/final.json")
         lines = read_lines(f"{folder}/metrics.jsonl")
@@ -122,48 +140,39 @@ def entry(run):
     metadata, c = run.metadata, run.metadata["config"]
     title, question, expected = opening(run, c)
 
-    # the figures of its parts
-    n, data, names = metadata["parameters"], metadata["data"], ("tokens", "words", "bytes")
+    names, told = ("tokens", "words", "bytes"), facts(metadata)
     settings = [[key, c[key]] for key in [*SHAPE, "init_from"] if c.get(key, "") != ""]
-    sizes = [[split, *(show(counts[k]) for k in names)] for split, counts in data["splits"].items()]
-    train = data["splits"]["train"]
-    N, D = n["total"], train["tokens"]
-    rows = metadata["vocab_size"] * c["d_model"] + n["head_bias"]  # the vocabulary's
-    planned = metadata["steps"] * metadata["step_tokens"]
+    splits = metadata["data"]["splits"].items()
+    sizes = [[split, *(show(counts[name]) for name in names)] for split, counts in splits]
     muon = f"Muon for the blocks' matrices, lr {c['muon_learning_rate']:g}, and "
     words = written(read_bytes(f"{run.folder}/conclusion.md"))
-    not_yet = [f"No evaluation yet, step {run.last['step']:,}."]
+    so_far = run.last["tokens"] / metadata["parameters"]["total"]
 
     paragraphs = [
         f"# {title} - {metadata['began'][:10]}",
         "## What we're doing",
         question,
         "## Model",
-        table(["setting", "value"], [["vocab_size", show(metadata["vocab_size"])], *settings]),
-        f"**Parameters: {N:,}** (embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, "
-        f"blocks {n['blocks']:,}), {metadata['flops_per_token']:,} FLOPs per token of training",
+        table(["setting", "value"], settings),
+        f"Parameters: {told['parameters']}",
         "## Data",
-        f"{c['dataset']}, from {data['source']}, separator {data['separator']}. Vocabulary: "
-        f"{metadata['vocab_size']:,} tokens ({data['tokenizer']}) of "
-        f"{train['bytes'] / train['tokens']:.2f} bytes; their rows are {rows / N:.0%} of the "
-        "parameters.",
+        told["data"],
         table(["split", *names], sizes),
-        f"D / N, training tokens per parameter: {D / N:.2f} in one epoch, "
-        f"{run.last['tokens'] / N:.2f} so far, {planned / N:.2f} in the run as planned. "
-        f"Chinchilla's ratio is 20: the model has {chinchilla(N, D)}.",
+        f"Vocabulary: {told['vocabulary']}",
+        f"D / N: {told['ratio']}. So far: {so_far:.2f}.",
         "## Set-up",
         *(given_part(metadata, c) if "given" in metadata else []),  # an earlier version's has none
         f"- Optimizer: {muon if c['optimizer'] == 'muon' else ''}AdamW, lr {c['learning_rate']:g}, "
-        f"{c['warmup_steps']} steps of warm-up, then {c['lr_schedule']} to "
-        f"{c['min_learning_rate']:g}; betas {c['beta1']:g} and {c['beta2']:g}, epsilon "
-        f"{c['adam_eps']:g}, weight decay {c['weight_decay']:g}, clipping {c['grad_clip']:g}\n"
-        f"- Batch: {c['batch_size']} x {c['max_seq_len']} = {metadata['step_tokens']:,} tokens per "
-        f"step; {metadata['steps']:,} steps, {planned / D:.2f} epochs; seed {c['seed']}\n"
+        f"schedule {c['lr_schedule']} to {c['min_learning_rate']:g}; betas {c['beta1']:g} and "
+        f"{c['beta2']:g}, epsilon {c['adam_eps']:g}, weight decay {c['weight_decay']:g}, clipping "
+        f"{c['grad_clip']:g}\n"
+        f"- Steps: {told['steps']}; seed {c['seed']}\n"
+        f"- Compute: {told['compute']}\n"
         f"- Machine: {metadata['machine']}; {metadata['versions']}; commit {metadata['commit']}",
         "## Expected",
         expected,
         "## Results",
-        *(results_part(run, c) if run.evaluations else not_yet),
+        *(results_part(run, c) if run.evaluations else ["No evaluation yet."]),
         *(["## Conclusion", words] if words else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
@@ -200,8 +209,6 @@ def results_part(run, c):
     """The entry's paragraphs on what came of it."""
     best, last = run.best(), run.last
     final = [[split, *map(show, values.values())] for split, values in run.final.items()]
-    so_far = "" if run.final else " so far"
-    met = c["expected_ppl"] and verdict(c["expected_ppl"], best["val_ppl"]) + so_far
     speed = f", {run.speed():,.0f} tokens per second in the median" if run.speed() else ""
     samples = [f"Prompt: {json.dumps(start)}\n{fenced(t)}" for start, t in best.get("samples", ())]
     paragraphs = [
@@ -210,8 +217,7 @@ def results_part(run, c):
         f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, "
         f"{perplexities(best, 'val_')}.**",
         final and table(["at the best", *run.final["val"]], final),
-        met and "Expected {:g} to {:g}: {}.".format(*c["expected_ppl"], met),
-        c["recorded_ppl"] and f"The original notebook recorded {c['recorded_ppl']:g}.",
+        *verdicts(c, best["val_ppl"], "" if run.final else " so far"),
         f"{'Finished' if run.final else 'So far'}: {last['step']:,} of {run.metadata['steps']:,} "
         f"steps in {last['elapsed_s'] / 60:,.1f} minutes{speed}, {last.get('skipped', 0)} steps "
         "skipped.",
@@ -251,18 +257,17 @@ def invite(folder):
 
 def written(page):
     """What the user wrote in the bytes of a conclusion.md, as text; "" if nothing."""
-    lines = re.split(r"\r\n?|\n", page.decode("utf-8-sig", "replace"))
-    return "\n".join(line for line in lines if not line.startswith(INVITES)).rstrip().lstrip("\n")
+    lines = page.decode("utf-8-sig", "replace").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(INVITES)).strip("\n")
 
 
 def write_page(path, text):
-    """Write a page of the program's anew. One in which somebody else wrote is first kept in
+    """Write a page of the program's anew. One in which somebody else wrote is first added to
     PATH.before. Raises OSError."""
     page = read_bytes(path)
-    if page.strip() and page != signed(page.partition(b"\n")[2]):
-        earlier = read_bytes(f"{path}.before")
-        if page not in earlier:  # as it is after a kill between the two files
-            write_whole(f"{path}.before", lambda file: file.write(earlier + page))
+    if page and page != signed(page.partition(b"\n")[2]):
+        with open(f"{path}.before", "ab") as file:
+            file.write(page)
         warn(f"{path} was not as this program had left it; it is kept in {path}.before")
     write_whole(path, lambda file: file.write(signed(text.encode(errors="replace"))))
 
@@ -278,10 +283,8 @@ def signed(body):
 def write_notebook(path, folders, report, sweeps=()):
     """Write the entries of all runs anew, and join them to one page in the order in which the runs
     began. report: the Markdown above them. sweeps: the entries of sweeps, [(when it began, its
-    SavedRun, Markdown)]. Raises UserError without a run; OSError."""
+    SavedRun, Markdown)]. Raises OSError."""
     runs = [run for run in map(SavedRun, folders) if run.is_ours]
-    if not runs and not sweeps:
-        raise UserError("no run has an entry yet; train one to its first evaluation")
     for run in runs:
         write_entry(run.folder)
     entries = [(run.metadata["began"], run, entry(run)) for run in runs]
@@ -289,32 +292,29 @@ def write_notebook(path, folders, report, sweeps=()):
     for _, run, text in sorted([*entries, *sweeps], key=lambda part: part[0]):
         title, _, text = text.partition("\n")
         there = os.path.relpath(run.folder, os.path.dirname(path) or ".")
-        text = moved(text, quote(os.fsencode(there)))
+        text = moved(text, quote(there))
         sections.append((f"{title.removeprefix('# ')} ({run.name})", text))
 
     # anchors of our own, since each reader of Markdown makes others
     contents, parts = "# Notebook\n", ""
     for i, (title, text) in enumerate(sections):
-        title = re.sub(r"([\\`*_\[\]<>&~$#|!])", r"\\\1", title)
         contents += f"\n1. [{title}](#part-{i})"
         parts += f'\n\n<a id="part-{i}"></a>\n\n## {title}\n\n{text.strip()}'
     write_page(path, f"{contents}{parts}\n")
 
 
 def moved(text, folder):
-    """An entry's Markdown for a page above its folder: headings one level lower, relative links
-    from `folder` (as a URL has it), no code block left open. Code blocks stay as they are."""
-    lines, fence = [], ""
-    for line in text.split("\n"):
-        mark = re.match(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})", line)
-        if not fence:
-            fence = mark[1] if mark else ""
-            line = re.sub(r"^#{1,5}(?=\s)", lambda marks: max("###", f"{marks[0]}#"), line)
-            line = re.sub(r"(\]\(<?)(?!(?i:[a-z]+:)|[/#<)])", rf"\1{folder}/", line)
-        elif mark and mark[1].startswith(fence) and line.strip() == mark[1]:
-            fence = ""
-        lines.append(line)
-    return "\n".join([*lines, fence])
+    """An entry's Markdown for a page above its folder: headings a level lower, relative links from
+    `folder` (as a URL has it). Code blocks stay as they are."""
+
+    def change(found):
+        if found["fence"]:
+            return found[0]
+        return f"{found[0]}{folder}/" if found["link"] else max("###", f"#{found[0]}")
+
+    block = r"^(?P<fence>`{3,}|~{3,}).*?(?:^(?P=fence)|\Z)"
+    link = r"(?P<link>\]\(<?)(?!(?i:[a-z]+:)|[/#<)])"
+    return re.sub(rf"(?ms){block}|{link}|^#{{1,5}}(?=\s)", change, text)
 
 
 # --- pictures
@@ -324,8 +324,6 @@ def figure(columns):
     """(a matplotlib figure for files, its axes in a row)."""
     from matplotlib.figure import Figure
 
-    # the font has no CJK: what a name in it looks like is not worth a warning
-    warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
     width = 6 if columns == 1 else 4.4 * columns
     picture = Figure(figsize=(width, 3.8), layout="constrained")
     return picture, picture.subplots(1, columns, squeeze=False)[0]

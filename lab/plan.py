@@ -6,41 +6,50 @@ import time
 
 import torch
 
-from lab.notebook import chinchilla
+from lab.notebook import facts
 from lab.optimizer import warmup_of
 from lab.trainer import micro_batch_size
 
 
-def plan_text(config, machine, dataset, model, batches, total_steps):
-    """What is about to be trained, as text: the true counts, the data, Chinchilla's ratio, steps,
-    FLOPs, memory."""
-    n, flops, tokens = model.count(), model.flops_per_token(), len(batches.tokens)
-    step_tokens, run_tokens = batches.step_tokens, total_steps * batches.step_tokens
+def describe(config, dataset, model, batches, total_steps):
+    """What the run is, a dict for run.json."""
+    return dict(
+        name=config.name,
+        doc=config.doc,
+        file=config.file,
+        given=config.given,
+        departs=config.departs,
+        config=config.plain() | {"warmup_steps": warmup_of(config, total_steps)},
+        steps=total_steps,
+        step_tokens=batches.step_tokens,
+        parameters=model.count(),
+        flops_per_token=model.flops_per_token(),
+        vocab_size=dataset.vocab_size,
+        data=dict(
+            source=dataset.source["name"],
+            tokenizer=dataset.tokenizer,
+            separator=dataset.separator,
+            splits={split: vars(counts) for split, counts in dataset.counts.items()},
+        ),
+    )
+
+
+def plan_text(metadata, config, machine, model):
+    """What is about to be trained, as text: facts, first weights, time and memory. metadata:
+    describe()'s. model: of the same shape, with or without memory."""
     micro = micro_batch_size(config, model, machine)
     memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
     source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
-    paths = f"{config.out_dir}/last.pt", f"{config.out_dir}/prev.pt"
-    last = next(filter(os.path.exists, paths if config.resume else ()), None)
+    last = f"{config.out_dir}/last.pt"
+    goes_on = config.resume and os.path.exists(last)
+    run_tokens = metadata["steps"] * metadata["step_tokens"]
     lines = {
         "run": f"{config.out_dir} on {machine}",
-        "weights": f"of {last}" if last else f"initialised {source}",
-        "parameters": f"{n['total']:,}: embeddings {n['embeddings']:,}, head bias "
-        f"{n['head_bias']:,}, blocks {n['blocks']:,}",
-        "data": f"{config.dataset}: {tokens:,} training tokens, "
-        f"{dataset.counts['val'].tokens:,} validation tokens",
-        "vocabulary": f"{dataset.vocab_size:,} tokens ({dataset.tokenizer}) of "
-        f"{dataset.bytes_per_token():.2f} bytes, "
-        f"{model.vocabulary_share():.0%} of the parameters",
-        "ratio": f"{tokens / n['total']:.2f} tokens per parameter in an epoch, "
-        f"{run_tokens / n['total']:.2f} in the run",
-        "": f"{chinchilla(n['total'], tokens)} (20 tokens per parameter)",
-        "steps": f"{total_steps:,} of {config.batch_size} x {config.max_seq_len} = "
-        f"{step_tokens:,} tokens, {batches.windows / config.batch_size:,.1f} per epoch, "
-        f"{warmup_of(config, total_steps)} of warm-up, {micro} sequences per forward pass",
-        "compute": f"{flops:,} FLOPs per token, {flops * step_tokens:.3g} per step, "
-        f"{flops * run_tokens:.3g} in the run",
+        "weights": f"of {last}" if goes_on else f"initialised {source}",
+        **facts(metadata),
         "time": how_long(config, model, machine, run_tokens),
-        "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves",
+        "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves, with "
+        f"{micro} sequences per forward pass",
     }
     return "\n".join(f"{name:10}  {line}" for name, line in lines.items() if line)
 

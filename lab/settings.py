@@ -61,18 +61,25 @@ def from_text(field, text):
     return text if tuple in types and not isinstance(value, (tuple, list)) else value
 
 
-def as_meant(field, value):
-    """A value as its field holds it: 1e3 for an int, 1 for True, a list or one text for a tuple,
-    the user's home for ~."""
-    types = types_of(field)
+def as_held(field, value):
+    """A value as its field holds it: 1e3 for an int, a list or one text for a tuple, the user's
+    home for ~. Raises ValueError if the field may not have it."""
+    types, rules = types_of(field), field.metadata
     if isinstance(value, float) and float not in types and value.is_integer():
-        return int(value)
-    if isinstance(value, int) and bool in types and value in (0, 1):
-        return bool(value)
+        value = int(value)
+    if isinstance(value, str) and rules["path"]:
+        value = os.path.expanduser(value)
     if isinstance(value, (str, list)) and tuple in types:
-        return (value,) if isinstance(value, str) else tuple(value)
-    if isinstance(value, str) and field.metadata["path"]:
-        return os.path.expanduser(value)
+        value = (value,) if isinstance(value, str) else tuple(value)
+    fits = isinstance(value, types) or (float in types and isinstance(value, int))
+    if isinstance(value, bool):  # an int, too
+        fits = bool in types
+    if fits and rules["choices"]:
+        fits = value in rules["choices"]
+    if fits and rules["low"] is not None and value is not None:
+        fits = rules["low"] <= value < (rules["below"] or float("inf"))  # False for nan
+    if not fits:
+        raise ValueError
     return value
 
 
@@ -83,36 +90,22 @@ def did_you_mean(word, known):
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def allows(field, value):
-    """Whether a field may have this value."""
-    types, rules = types_of(field), field.metadata
-    if isinstance(value, bool) and bool not in types:  # a bool is an int, too
-        return False
-    if not isinstance(value, types) and not (float in types and isinstance(value, int)):
-        return False
-    if rules["choices"]:
-        return value in rules["choices"]
-    if rules["low"] is None or value is None:
-        return True
-    return rules["low"] <= value < (rules["below"] or float("inf"))  # False for nan
-
-
 def check(cls, values):
-    """(an instance of cls from the values that are right, what is wrong with the others as phrases,
-    the names that are right). values: {name: value}."""
+    """(an instance of cls from the values that are right, what is wrong as phrases). values: {name:
+    value}. Where each value is right by itself, an instance may say more in problems()."""
     problems, right, fields = [], {}, fields_of(cls)
     for name, value in values.items():
         if name not in fields:
             problems.append(f"unknown setting {name}{did_you_mean(name, fields)}")
             continue
-        field = fields[name]
-        value = as_meant(field, value)
-        if allows(field, value):
-            right[name] = value
-        else:
-            hint = did_you_mean(value, field.metadata["choices"] or ())
-            problems.append(f"{name} takes {values_of(field)}, not {value!r}{hint}")
-    return cls(**right), problems, set(right)
+        try:
+            right[name] = as_held(fields[name], value)
+        except ValueError:
+            problems.append(f"{name} takes {values_of(fields[name])}, not {value!r}")
+    options = cls(**right)
+    if not problems and hasattr(options, "problems"):
+        problems = options.problems()
+    return options, problems
 
 
 def split_words(cls, argv, lists=()):
@@ -165,19 +158,16 @@ def show_help(defaults, usage):
 def command_line(cls, argv, usage, words=0):
     """(an instance of cls, the words that stand by themselves) of a script's command line.
 
-    words: how many may stand by themselves, None for any number. An instance of cls may say more in
-    problems(), a list of phrases. argv: None for the process's own. Raises UserError with all
-    problems in one line; --help prints and exits 0.
+    words: how many may stand by themselves, None for any number. argv: None for the process's own.
+    Raises UserError with all problems in one line; --help prints and exits 0.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         show_help(cls(), usage)
     alone, values, problems = split_words(cls, argv)
-    options, wrong, _ = check(cls, values)
+    options, wrong = check(cls, values)
     extra = [] if words is None else alone[words:]
     problems += [f"{word} is neither a setting nor its value" for word in extra] + wrong
-    if not wrong and hasattr(options, "problems"):
-        problems += options.problems()
     if problems:
         raise UserError(f"{'; '.join(problems)}; --help lists the settings")
     return options, alone

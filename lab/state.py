@@ -120,10 +120,6 @@ class State:
         epoch_ended = int(self.epoch) > int(self.batches.epoch_at(self.step - 1))
         return epoch_ended or (interval and self.step % interval == 0) or bool(self.why_over())
 
-    def log_is_due(self):
-        """Whether this step ends a line of metrics.jsonl."""
-        return self.step % self.config.log_interval == 0
-
     def save_is_due(self):
         """Whether to save after this step."""
         c = self.config

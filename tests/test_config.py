@@ -35,13 +35,13 @@ def test_the_command_line_wins_over_the_file_and_takes_both_forms(tmp_path):
 def test_values_are_taken_as_they_are_meant(tmp_path):
     text = (
         "\ufeffimport math\nfrom math import sqrt\nd_model = sqrt(64 * 64)\n"
-        "expected_ppl = [35, 42]\ncompile = 1\n"
+        "expected_ppl = [35, 42]\n"
         "data_dir = '~/data'\nd_ff = int(math.pow(2, 5))\ndef helper(): pass\n"
     )
     words = ["--log_interval", "1e3", "--out_dir=~/out", "--sample_prompts", "['a', 'b']"]
     c = loaded(tmp_path, text, *words)
     assert (c.d_model, c.d_ff, c.log_interval) == (64, 32, 1000) and isinstance(c.d_model, int)
-    assert c.compile is True and c.expected_ppl == (35, 42) and c.sample_prompts == ("a", "b")
+    assert c.expected_ppl == (35, 42) and c.sample_prompts == ("a", "b")
     assert (c.data_dir, c.out_dir) == (f"{Path.home()}/data", f"{Path.home()}/out")
     for word, value in (("no", False), ("0", False), ("on", True), ("1", True), ("FALSE", False)):
         assert loaded(tmp_path, "", "--resume", word).resume is value
@@ -54,12 +54,9 @@ def test_one_prompt_is_a_tuple_of_one(tmp_path, prompt):
 
 
 def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
-    text = (
-        'droput = 0.1\nepochs = 1.5\nlr_schedule = "cosin"\nnum_heads = 7\nd_model = 16\n'
-        "beta1 = 1.0\nbatch_size = True"
-    )
+    text = 'droput = 0.1\nepochs = 1.5\nlr_schedule = "cosin"\nbeta1 = 1.0\nbatch_size = True'
     shown = problems(loaded, tmp_path, text, "stray", "--lr", "1", "--seed", "--wandb")
-    for name in "dropout epochs cosine num_heads beta1 batch_size stray learning_rate".split():
+    for name in "dropout epochs cosine beta1 batch_size stray learning_rate".split():
         assert name in shown
     assert "--seed needs" in shown and "unknown setting wandb" in shown
     assert "unknown setting wandb" in problems(load_config, ["--wandb", "config/exp5.py"])
@@ -78,16 +75,14 @@ def test_no_config_and_no_such_config(tmp_path):
         ("dataset = FIELDS", "FIELDS"),  # not a name of the program's
         ("learning_rate = float('nan')", "learning_rate"),
         ("learning_rate = 0", "learning_rate"),
-        ("expected_ppl = (42, 35)", "expected_ppl"),
-        ("expected_ppl = ('a', 'b')", "expected_ppl"),
-        ("sample_prompts = ('a', 1)", "sample_prompts"),
+        ("expected_ppl = (42,)", "expected_ppl"),
         ("device = 'cuda:first'", "device"),
         ("d_model = 0", "d_model"),
+        ("d_model = 16\nnum_heads = 7", "num_heads"),
         ("resume = 2", "resume"),
         ("max_steps = 10.5", "max_steps"),
         ("block = 'modern'\nd_model = 24\nnum_heads = 8", "block"),
         ("unigram_bias = True\ninit_from = 'gpt2'", "unigram_bias"),
-        ("batch_size = 2\nmicro_batch_size = 3", "micro_batch_size"),
         ("learning_rate = 1e-4\nmin_learning_rate = 1e-3", "min_learning_rate"),
         ("cuda_graph = True\ndtype = 'float16'", "cuda_graph"),
         ("eval_stride = 4", "eval_only"),

@@ -43,7 +43,7 @@ def test_a_run_writes_its_own_entry(words):
     text, evaluations = read("out/tiny/notebook.md"), metrics(evaluations=True)
     for phrase in (
         "# Tiny: does it learn? - 20",
-        "**Parameters: 453,657** (embeddings 402,184,",
+        "Parameters: 453,657 (embeddings 402,184,",
         "Expected 80 to 150: not met.",
         "Finished: 63 of 63 steps",
         'Prompt: "The cat sat on the"',

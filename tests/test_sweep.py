@@ -57,9 +57,9 @@ def test_the_grid_is_every_combination_in_a_folder_of_its_own(tiny):
 
 
 def test_mistakes_are_one_line_before_the_first_run(tiny):
-    words = "--learning_rate=-1,1e-2,x --num_heads 2,3 --sed 0,1 --jobs 0"
+    words = "--learning_rate=-1,1e-2,x --sed 0,1 --jobs 0"
     for line, named in (
-        (words, ("learning_rate", "'x'", "num_heads 3", "sed", "jobs")),
+        (words, ("learning_rate", "'x'", "sed", "jobs")),
         ("--dataset none --seed 0,1", ("data set none",)),
         ("--seed 3", ("--seed 0,1,2",)),
         ("--seed 0,1 --eval_only", ("eval_only",)),

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -26,7 +25,6 @@ from helpers import (
     assert_same_curve,
     assert_the_same_run,
     before_each_pass,
-    limited,
     load_tokens,
     make_dataset,
     metrics,
@@ -66,7 +64,7 @@ def refused(*words):
 
 @pytest.mark.arithmetic
 def test_a_head_bias_of_word_frequencies_is_the_unigram_model(tiny):
-    tokens = np.fromfile("data/tiny/train.bin", dtype="<u2")
+    tokens = load_tokens("tiny", "train")
     config = load_config([tiny, "--unigram_bias"])
     bias = new_model(config, VOCAB, tokens).head_bias.detach().numpy()
     shares = (np.bincount(tokens, minlength=VOCAB) + 1) / (len(tokens) + VOCAB)
@@ -150,7 +148,7 @@ def test_a_run_stopped_and_resumed_is_the_same_run_bit_for_bit(tiny, capsys, int
     and metrics."""
     options = [tiny, *"--max_steps 40 --eval_interval 10 --save_interval".split(), interval, *more]
     assert train.main([*options, "--out_dir", "out/whole"]) == 0
-    for stop_at in 1, 5, 12, 13, 29:  # passes of steps or evaluations, amid which the signal comes
+    for stop_at in 1, 5, 12, 13, 20:  # passes of steps or evaluations, amid which the signal comes
         passes = itertools.count(1)
 
         def stop(training, stop_at=stop_at, passes=passes):
@@ -188,14 +186,6 @@ def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else
     assert_the_same_run("out/whole", "out/cut")
 
 
-def test_a_signal_amid_the_last_evaluation_leaves_it_owed(tiny):
-    with before_each_pass(lambda training: training or os.kill(os.getpid(), signal.SIGTERM)):
-        assert train.main([tiny, "--max_steps", "6"]) == 1
-    assert not os.path.exists("out/tiny/best.pt")
-    assert train.main([tiny, "--max_steps", "6", "--resume"]) == 0
-    assert len(losses(key="val_loss")) == 1 and os.path.exists("out/tiny/best.pt")
-
-
 def test_a_finished_run_has_nothing_to_do_until_it_is_extended(tiny, capsys):
     for steps in 8, 8, 12:
         words = [tiny, "--save_interval", "2", "--max_steps", str(steps), "--resume"]
@@ -208,21 +198,6 @@ def test_a_finished_run_has_nothing_to_do_until_it_is_extended(tiny, capsys):
         assert ("learning rate" in shown) == (rates in shown) == (steps == 12)
         assert ("seed 0" in shown) == (len(losses(key="val_loss")) == 1 and "step 0" in shown)
         assert ("of out/tiny/last.pt" in shown) != ("step 0" in shown)
-
-
-def test_a_run_that_goes_on_as_it_was_planned_has_the_rate_that_it_had(tiny, capsys):
-    words = [tiny, "--lr_schedule", "trapezoid", "--resume", "--max_steps", "30"]
-    for _ in range(3):
-        passes = itertools.count()
-
-        def stop(training, passes=passes):
-            if next(passes) == 9:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        with before_each_pass(stop):
-            train.main(words)
-    shown = capsys.readouterr().out
-    assert "going on from" in shown and "learning rate" not in shown
 
 
 def test_a_run_is_never_overwritten_and_never_continued_as_another(tiny):
@@ -263,11 +238,6 @@ def test_any_name_is_a_run_s_and_a_data_set_s(tiny, name, capsys):
     report.main(["--recorded", "no"])
     shown = capsys.readouterr().out.splitlines()
     assert len({line.replace("\\|", "").count("|") for line in shown[:3]}) == 1
-
-
-def test_a_name_that_is_no_text_is_a_run_s(tiny, script):
-    script("train.py", tiny, "--max_steps", "6", "--out_dir", "out/\udcff")
-    assert "\n| ? |" in script("report.py", "--recorded", "no").stdout
 
 
 def test_patience_and_hours_end_a_run_cleanly(tiny):
@@ -328,13 +298,13 @@ def test_the_plan_says_how_long_it_takes(tiny, capsys, monkeypatch):
     assert plan.how_long(None, None, dataclasses.replace(CPU, device=torch.device("meta")), 1) == ""
 
 
-def test_a_model_of_twice_the_work_takes_longer():
-    def estimate(**more):
-        args = Config(d_ff=256, d_model=64, **more).model_args(50257)
+def test_a_deeper_model_takes_longer():
+    def estimate(num_layers):
+        args = Config(d_ff=256, d_model=64, num_layers=num_layers).model_args(50257)
         return min(plan.seconds_per_token(LanguageModel(**args), CPU) for _ in range(5))
 
     with torch.device("meta"):
-        assert 1e-6 < estimate(num_layers=2) < estimate(num_layers=200) / 3
+        assert 1e-6 < estimate(2) < estimate(200) / 3
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
@@ -343,7 +313,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
     count = VOCAB * 8 + 16 * 8 + VOCAB + 2 * (4 * 72 + 2 * 8 * 16 + 16 + 8 + 4 * 8) + 16
     ratio, chinchilla = f"{3000 / count:.2f} ", f" {20 * count / 3000:.2f} times "
     for figure in (
-        f" {count:,}:",
+        f" {count:,} (",
         " 3,000 ",
         ratio,
         chinchilla,
@@ -366,17 +336,6 @@ def test_the_plan_comes_before_the_model(tiny, capsys):
     assert "--d_model" in refused(*large) and not os.path.exists("out")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its size in /proc")
-def test_memory_that_is_not_there_after_all_is_one_line(tiny):
-    """The first block's matrix takes 108 MB of the 64 MB that the kernel gives."""
-    assert train.main([tiny, "--d_model", "3072", "--dry_run"]) == 0  # all is imported now
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = pages * os.sysconf("SC_PAGE_SIZE") + (64 << 20)
-    with limited(resource.RLIMIT_AS, size):
-        message = refused(tiny, "--d_model", "3072")
-    assert "--d_model" in message and not os.path.exists("out")  # the plan would have let it
-
-
 # --- mistakes
 
 
@@ -386,16 +345,6 @@ def test_mistakes_are_one_line_before_the_first_step(tiny, script):
     assert "--max_seq_len" in refused(tiny, "--max_seq_len", "3000")
     assert "cuda" in refused(tiny, "--device", "cuda")
     assert not os.path.exists("out")
-
-
-def test_a_few_steps_are_enough_for_any_warm_up(tiny):
-    """A tenth of them, and one where there are two: the first step has the whole rate."""
-    for steps in 1, 2, 5, 25:
-        out = f"out/{steps}"
-        words = [tiny, "--max_steps", str(steps), "--warmup_steps", "20", "--out_dir", out]
-        assert train.main(words) == 0
-        reached = losses(out, "lr").index(max(losses(out, "lr"))) + 1
-        assert reached == max(1, steps // 10)
 
 
 # --- dtypes, compilation, the terminal
