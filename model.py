@@ -264,11 +264,6 @@ class LanguageModel(nn.Module):
         blocks = total - embeddings - bias
         return dict(total=total, embeddings=embeddings, head_bias=bias, blocks=blocks)
 
-    def vocabulary_share(self):
-        """The share of the parameters that the rows of the vocabulary take, a fraction."""
-        rows = self.token_embedding.weight.numel() + self.count()["head_bias"]
-        return rows / self.count()["total"]
-
     def flops_per_token(self):
         """FLOPs per token of training, forward and backward: 6 per weight of every matmul, the
         head's too, and 6 * T * D per layer for attention, of which a causal mask needs half of 12

@@ -128,7 +128,9 @@ def stop_signals(quiet=False):
             os._exit(1)
         if not quiet and len(seen) == 1:
             with contextlib.suppress(OSError):  # not print(), amid which the signal may have come
-                os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
+                os.write(
+                    2, b"\nstopping after this step or evaluation; Ctrl-C again ends at once\n"
+                )
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it

@@ -105,10 +105,6 @@ class Dataset:
             f"`{self.fix} --force`"
         )
 
-    def bytes_per_token(self):
-        """Bytes of training text per token."""
-        return self.counts["train"].bytes / self.counts["train"].tokens
-
     def encoding(self):
         """The tokenizer, a tiktoken.Encoding. Raises UserError."""
         return load_tokenizer(self.tokenizer_text)

@@ -32,11 +32,14 @@ def number(name, out):
 
 def test_the_vocabulary_is_the_one_that_the_data_set_s_name_tells(in_tmp, capsys, monkeypatch):
     monkeypatch.setattr(bench, "matmul_peak", lambda machine: 2e9)
-    words = [str(ROOT / "config/demo.py"), "--steps", "1", "--d_model", "8", "--num_layers", "1"]
+    words = [
+        str(ROOT / "config/demo.py"),
+        *"--steps 1 --d_model 8 --d_ff 64 --num_layers 1".split(),
+    ]
     for more, rows in ([], 2048), (["--dataset", "wikitext-2-300"], 300), (["--vocab_size=99"], 99):
         assert not bench.main([*words, *more])
         total = number("compiled,", capsys.readouterr().out)
-        blocks = 4 * 8 * 8 + 2 * 8 * 256 + 4
+        blocks = 4 * 8 * 8 + 2 * 8 * 64 + 4
         assert total == 9 * rows + blocks
 
 

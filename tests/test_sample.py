@@ -230,11 +230,11 @@ def test_the_run_trained_last_is_found(in_tmp):
 
 
 def test_a_sweep_s_best_run_is_found(in_tmp):
-    for name, loss in (("a", 3.0), ("b", 2.0), ("c", 2.5)):
+    for name, bits in (("a", 3.0), ("b", 2.0), ("c", 2.5)):
         folder = in_tmp / "out/sweep" / name
         folder.mkdir(parents=True)
         (folder / "best.pt").touch()
-        (folder / "final.json").write_text(json.dumps({"val": {"loss": loss}}))
+        (folder / "final.json").write_text(json.dumps({"val": {"bits_per_byte": bits}}))
     (in_tmp / "out/sweep/sweep.json").write_text("{}")
     assert str(find_checkpoint("out/sweep")) == "out/sweep/b/best.pt"
     os.remove("out/sweep/b/final.json")  # it is not finished
