@@ -7,7 +7,7 @@ PYTHON ?= python3
 demo: .venv/installed
 	.venv/bin/python prepare.py demo
 	.venv/bin/python train.py config/demo.py --resume
-	.venv/bin/python sample.py --out_dir out/demo --start "If the object is" --temperature 0.6
+	.venv/bin/python sample.py --out_dir out/demo --start "If the object is" --temperature 0.5
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest
