@@ -1,13 +1,12 @@
 """How fast a config trains on this machine, and how near that is to what the machine can do.
 
-    python bench.py config/exp5.py [--steps N] [--profile] [--setting value ...]
+    python bench.py config/exp5.py [--steps N] [--setting value ...]
     torchrun --nproc_per_node=2 bench.py config/exp5.py
 
 Takes train.py's own steps, on random tokens, so that no data set is needed.
 """
 
 import functools
-import os
 import resource
 import statistics
 import sys
@@ -34,7 +33,6 @@ class Options(Config):
 
     steps: int = setting(20, "steps that are timed", low=1)
     vocab_size: int = setting(0, "of the random tokens (0: as the data set's name says)", low=0)
-    profile: bool = setting(False, "trace three more steps into out_dir/trace.json")
 
 
 def main(argv=None):
@@ -87,8 +85,6 @@ def bench(config, machine, trainer):
     )
     if machine.device.type == "cuda":
         tell_device(machine, "step", trainer.step, WARM_UP + config.steps)
-    if config.profile:
-        profile(machine, trainer.step, WARM_UP + config.steps, config.out_dir)
 
 
 def seconds(machine, function, *args):
@@ -144,20 +140,6 @@ def tell_device(machine, name, step, start):
         f"{name:11}  {1000 * alone:.2f} ms waited for, {1000 * together:.2f} ms together; "
         f"{len(kernels)} kernels in {len(launches)} launches, busy for {busy / together:.2f} of it"
     )
-
-
-def profile(machine, step, start, out_dir):
-    """Trace three more steps, and print the operations that took longest."""
-    with torch.profiler.profile() as profiler:
-        for i in range(3):
-            seconds(machine, step, start + i)
-    if machine.rank == 0:
-        os.makedirs(out_dir, exist_ok=True)
-        profiler.export_chrome_trace(f"{out_dir}/trace.json")
-        key = "self_device_time_total" if machine.device.type == "cuda" else "self_cpu_time_total"
-        averages = profiler.key_averages()
-        print(averages.table(sort_by=key, row_limit=10, max_name_column_width=50))
-        print(f"the trace of three steps is {out_dir}/trace.json; ui.perfetto.dev shows it")
 
 
 if __name__ == "__main__":

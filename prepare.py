@@ -44,7 +44,7 @@ class Options:
     source: str = setting("", "a folder or file of text, .jsonl or .parquet (.gz too)", path=True)
     hub: str = setting("", "OWNER/DATASET of the Hugging Face hub, encoded while it is downloaded")
     config: str = setting("", "--hub: its configuration")
-    column: str = setting("text", "of .jsonl, .parquet and the hub; a dot leads into an object")
+    column: str = setting("text", "of .jsonl, .parquet and the hub")
     separator: str = setting(
         "",
         "between rows: endoftext keeps each document as it is and marks its end (default, but none "
@@ -114,7 +114,10 @@ def open_source(name, options):
         where = options.hub, options.config or None, origin
         return Source(partial(hub_blocks, *where, options, fix, streaming=True)), origin
     if name in HUB_CONFIGS:
-        fix = f"with the text on disk, run `{command('prepare.py', name)} --source FOLDER`"
+        own = options.vocab_size != VOCAB_SIZE
+        size = ["--vocab_size", options.vocab_size] if own else []
+        prepare = command("prepare.py", name, *size)
+        fix = f"with the text on disk, run `{prepare} --source FOLDER`"
         origin = {"name": f"{HUB} {HUB_CONFIGS[name]}", "revision": REVISION}
         return Source(partial(hub_blocks, HUB, HUB_CONFIGS[name], origin, options, fix)), origin
     origin = {"name": f"pydoc_data.topics of Python {platform.python_version()}"}

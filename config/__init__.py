@@ -160,8 +160,12 @@ class Config:
                 f"min_learning_rate {c.min_learning_rate} is above learning_rate {c.learning_rate}",
             ),
             (
-                len(c.expected_ppl) not in (0, 2),
+                [isinstance(x, (int, float)) for x in c.expected_ppl] not in ([], [True, True]),
                 f"expected_ppl is (low, high), not {c.expected_ppl}",
+            ),
+            (
+                not all(isinstance(prompt, str) for prompt in c.sample_prompts or ()),
+                f"sample_prompts is a tuple of texts, not {c.sample_prompts}",
             ),
             (
                 not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device),

@@ -86,8 +86,9 @@ class Dataset:
             _ = self.counts["train"], self.counts["val"]
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; run `{self.fix} --force`") from None
-        if vocabulary and name not in HUB_CONFIGS and name != "demo":
-            self.fix += f" --vocab_size {self.vocab_size}"
+        asked = self.source.get("vocab_size", VOCAB_SIZE)  # a short text gives fewer
+        if asked != vocabulary_of(name)[1]:
+            self.fix += f" --vocab_size {asked}"
         self.tokenizer_text = self.read_tokenizer(vocabulary) if vocabulary else ""
 
     def read_tokenizer(self, sha256):

@@ -164,8 +164,7 @@ def read_parquet(path, column):
             first = next(file.iter_batches(batch_size=1), None)
             for row in first.to_pylist() if first else ():
                 text_at(row, column, path)  # with all columns, for the message to name
-            top = column if column in file.schema_arrow.names else column.split(".")[0]
-            for batch in file.iter_batches(batch_size=1024, columns=[top]):
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield [text_at(row, column, path) for row in batch.to_pylist()], True
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         why = first_line(error)
@@ -174,22 +173,12 @@ def read_parquet(path, column):
 
 def text_at(row, column, where):
     """The text of a row, a dict, under a column; None for a null. Raises UserError."""
-    text = row
-    for name in [column] if column in row else column.split("."):
-        text = text.get(name, row) if isinstance(text, dict) else row
+    text = row.get(column, row)
     if text is not None and not isinstance(text, str):
-        names = ", ".join(names_of_texts(row)) or "no texts"
-        raise UserError(f'{where}: no text under "{column}"; --column takes one of {names}')
+        names = ", ".join(name for name, value in row.items() if isinstance(value, str))
+        fix = f"--column takes one of {names}" if names else "`jq` lifts one out of an object"
+        raise UserError(f'{where}: no text under "{column}"; {fix}')
     return text
-
-
-def names_of_texts(row, prefix=""):
-    """The columns of a row that are text: title, meta.title."""
-    for name, value in row.items():
-        if isinstance(value, dict):
-            yield from names_of_texts(value, f"{prefix}{name}.")
-        elif isinstance(value, str):
-            yield prefix + name
 
 
 # --- a folder -----------------------------------------------------------------------------------

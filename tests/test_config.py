@@ -76,6 +76,8 @@ def test_no_config_and_no_such_config(tmp_path):
         ("learning_rate = float('nan')", "learning_rate"),
         ("learning_rate = 0", "learning_rate"),
         ("expected_ppl = (42,)", "expected_ppl"),
+        ("expected_ppl = ('a', 'b')", "expected_ppl"),
+        ("sample_prompts = (1, 2)", "sample_prompts"),
         ("device = 'cuda:first'", "device"),
         ("d_model = 0", "d_model"),
         ("d_model = 16\nnum_heads = 7", "num_heads"),
