@@ -73,16 +73,17 @@ class ModernBlock(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x, embedded, values, rotation, attend=causal_attention):
-        """x and the embeddings (B, T, D); the first block's values (B, H, T, D / H), None for that
-        block itself; rotation as rotations() gives it -> (x, the first block's values)."""
+        """x and the embeddings (B, T, D); the first block's values (B, T, H, D / H), None for that
+        block itself; rotation: see rotate() -> (x, the first block's values)."""
         B, T, D = x.shape
         x = self.mix[0] * x + self.mix[1] * embedded
         qkv = self.qkv(rms_norm(x)).view(B, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(2)  # each (B, T, H, D / H)
         q, k = (rotate(rms_norm(t), *rotation).type_as(v) for t in (q, k))
         values = v if values is None else values
         v = (self.value_mix[0] * v + self.value_mix[1] * values).type_as(v)
-        y = attend(q, k, v).transpose(1, 2).reshape(B, T, D)
+        y = attend(*(t.transpose(1, 2) for t in (q, k, v)))
+        y = y.transpose(1, 2).reshape(B, T, D)
         x = x + self.dropout(self.attention_out(y))
         y = F.relu(self.mlp_in(rms_norm(x)))
         y = y * y  # autocast leaves a product in low precision, and takes square() to float32
@@ -191,7 +192,7 @@ class LanguageModel(nn.Module):
         x = self.token_embedding(tokens)
         if self.modern:
             table = self.rotations
-            rotation = table[:, :T] if positions is None else table[:, positions].unsqueeze(2)
+            rotation = (table[:, :T] if positions is None else table[:, positions]).unsqueeze(-2)
             x = rms_norm(x)
         else:
             rotation = None
@@ -283,8 +284,9 @@ class LanguageModel(nn.Module):
         activations = tokens * (a["num_layers"] * block + 24 * a["d_model"])
         logits, softmax = head_rows(device_type, a["vocab_size"], tokens)
         head = (logits * size + softmax * 4) * a["vocab_size"]
+        libraries = 1 << 26 if device_type == "cuda" else 0  # what cuBLAS takes for itself
         # weights, gradients, AdamW's two averages and one copy: 20 bytes per parameter
-        return 20 * self.count()["total"] + activations + head
+        return 20 * self.count()["total"] + activations + head + libraries
 
 
 class Cache:
@@ -317,18 +319,18 @@ class Cache:
         """attend(layer) for one new token a row, at positions `at` (B,) int64: to all that its row
         holds."""
         longest = self.k.shape[3] if self.fixed else int(at.max()) + 1
+        columns = torch.arange(longest, device=at.device)
+        hidden = torch.where(columns <= at[:, None], 0.0, -math.inf)[:, None, None]
+        rows, where = torch.arange(len(at), device=at.device), at
         if not self.fixed and int(at.min()) + 1 == longest:
-            # rows of one length need neither a mask nor indices
-            rows, where, mask = slice(None), longest - 1, None
-        else:
-            rows, where = torch.arange(len(at), device=at.device), at
-            seen = torch.arange(longest, device=at.device) <= at[:, None]
-            mask = seen[:, None, None]  # (B, 1, 1, longest)
+            rows, where = slice(None), longest - 1  # rows of one length need no indices
 
         def attend(layer, q, k, v):
             self.k[layer, rows, :, where] = k[:, :, 0]
             self.v[layer, rows, :, where] = v[:, :, 0]
             keys, values = self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            # plain matmuls: for one query torch's fused kernels are slower, on a GPU four times
+            scores = torch.add(hidden, q @ keys.mT, alpha=q.shape[-1] ** -0.5)
+            return scores.softmax(-1) @ values
 
         return lambda layer: functools.partial(attend, layer)

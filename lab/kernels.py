@@ -63,7 +63,7 @@ def rotations(length, size):
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021): turn each pair of x's halves by its position's angle.
 
-    x (B, H, T, size); cos and sin (T, size / 2), or (B, 1, T, size / 2). Returns x's shape.
+    x (B, T, H, size); cos and sin (T, 1, size / 2), or (B, T, 1, size / 2). Returns x's shape.
     """
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -76,7 +76,7 @@ def head_rows(device_type, vocab_size, N):
     """(how many of N rows of logits the head forms at a time, how many of those its softmax takes
     at a time). Matmuls want many rows, in equal parts; the softmax, in float32, wants to stay in a
     CPU's cache, and elsewhere to take less memory than the logits."""
-    most = max(1, {"cpu": 1 << 26, "cuda": 1 << 28}.get(device_type, 1 << 27) // vocab_size)
+    most = max(1, {"cpu": 1 << 26, "cuda": 1 << 30}.get(device_type, 1 << 27) // vocab_size)
     rows = math.ceil(N / math.ceil(N / most))
     return rows, min(rows, 32 if device_type == "cpu" else 512)
 
@@ -90,7 +90,7 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
     x, weight and bias, None without `gradients`. The idea of forming gradients in the forward pass
     is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
     """
-    kind, N, V = x.device.type, len(x), len(weight)
+    kind, (N, D), V = x.device.type, x.shape, len(weight)
     is_low = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if is_low else weight.dtype
     rows, block = head_rows(kind, V, N)
@@ -107,23 +107,24 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
             scratch = None if dtype == bias.dtype else bias.new_empty(block, V + extra)
             softmax = functools.partial(softmax_in_place, scratch=scratch)
         if gradients:
-            grad_x, grad_bias, grad_weight = torch.empty_like(x), torch.zeros_like(bias), None
+            grad_x, product = torch.empty_like(x), None
+            grad_weight, grad_bias = bias.new_zeros(V + extra, D), torch.zeros_like(bias)
+            # a column of ones gives the bias's gradient in the weight's matmul, where a sum over
+            # rows would be one more pass over the logits; kernels want a multiple of 8
+            xs_and_ones = F.pad(low_x, (0, 8), value=1)
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             xs = low_x[part]
             chunk = torch.mm(xs, low_weight.t(), out=logits[: len(xs)])
             blocks = (t.split(block) for t in (chunk, losses[part], targets[part]))
             for low, loss, target in zip(*blocks, strict=True):
-                loss[:], sums = softmax(low, bias, target, gradients)
-                if gradients:
-                    grad_bias += sums
+                picked = low.gather(1, target[:, None]).squeeze(1) + bias[target]
+                loss[:] = softmax(low, bias, target, gradients) - picked
             if gradients:  # the chunk holds the logits' gradients now
                 grad_x[part] = product_over_words(chunk, low_weight)
-                if grad_weight is None:
-                    grad_weight, product = (chunk.t() @ xs).to(bias.dtype), None
-                else:
-                    product = torch.mm(chunk.t(), xs, out=product)
-                    add_to(grad_weight, product)
+                product = torch.mm(chunk.t(), xs_and_ones[part], out=product)
+                add_to(grad_weight, product[:, :D])
+                grad_bias += product[:, D]
     if not gradients:
         return losses, None, None, None
     return losses, grad_x, grad_weight[:V], grad_bias[:V]
@@ -147,42 +148,37 @@ def add_to(total, product):
 
 
 def softmax_in_place(logits, bias, targets, gradients, scratch):
-    """The losses of rows of logits, and the gradients of their sum.
+    """The log-sum-exp of rows of logits, and the gradients of their losses.
 
-    logits (n, V), bias (V,), targets (n,). Returns (losses (n,) in nats, the bias's gradient (V,)).
-    With `gradients` the logits' own gradients take the logits' place; without, the bias's is None.
-    scratch: float32 memory (at least n, V) to work in, None to work in the logits themselves. With
-    fresh memory all of this would take a CPU more than twice as long.
+    logits (n, V), bias (V,), targets (n,). Returns (n,), nats: less the target's logit they are the
+    losses. With `gradients` those of the losses' sum take the logits' place. scratch: float32
+    memory (at least n, V) to work in, None to work in the logits themselves. With fresh memory all
+    of this would take a CPU more than twice as long.
     """
     p = (logits if scratch is None else scratch[: len(logits)].copy_(logits)).add_(bias)
-    picked, top = p.gather(1, targets[:, None]), p.amax(1, keepdim=True)
+    top = p.amax(1)
     torch.softmax(p, 1, out=p)
     # the likeliest word's probability is at least 1 / V, so that its log is exact: log-sum-exp is
     # the largest logit less that log
-    losses = (top - p.amax(1, keepdim=True).log() - picked).squeeze(1)
-    if not gradients:
-        return losses, None
-    # a logit's gradient is its probability, less one at the target
-    p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1))
-    if scratch is not None:
-        logits.copy_(p)
-    return losses, p.sum(0)
+    sums = top - p.amax(1).log()
+    if gradients:
+        # a logit's gradient is its probability, less one at the target
+        p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1))
+        if scratch is not None:
+            logits.copy_(p)
+    return sums
 
 
 def softmax_loss(logits, bias, targets, gradients):
-    """softmax_in_place() as one expression, for torch.compile: on CUDA it reads the logits three
-    times and writes them once."""
+    """softmax_in_place() as one expression, for torch.compile."""
     p = logits + bias
-    picked, top = p.gather(1, targets[:, None]), p.amax(1, keepdim=True)
+    top = p.amax(1, keepdim=True)
     p = (p - top).exp()
     total = p.sum(1, keepdim=True)
-    losses = (top + total.log() - picked).squeeze(1)
-    if not gradients:
-        return losses, None
-    words = torch.arange(len(bias), device=bias.device)
-    p = p / total - (words == targets[:, None]).to(p.dtype)
-    logits.copy_(p)
-    return losses, p.sum(0)
+    if gradients:
+        words = torch.arange(len(bias), device=bias.device)
+        logits.copy_(p / total - (words == targets[:, None]).to(p.dtype))
+    return (top + total.log()).squeeze(1)
 
 
 class HeadLoss(torch.autograd.Function):

@@ -148,7 +148,7 @@ def test_loss_logits_and_token_losses_agree(block):
 
 
 def test_without_gradients_none_are_formed():
-    """Where they are, the head has two more matmuls."""
+    """Where they are, the head has two more matmuls, one of them with eight columns of ones."""
     model, tokens = small(vocab_size=128), torch.randint(128, (3, 12))  # 128: nothing is padded
     with FlopCounterMode(display=False) as logits:
         model(tokens)
@@ -157,7 +157,7 @@ def test_without_gradients_none_are_formed():
     with FlopCounterMode(display=False) as training:
         model(tokens, tokens)
     assert loss.get_total_flops() == logits.get_total_flops() > 0
-    assert training.get_total_flops() - loss.get_total_flops() == 2 * 2 * 36 * 16 * 128
+    assert training.get_total_flops() - loss.get_total_flops() == 2 * 36 * (16 + 16 + 8) * 128
 
 
 @BLOCKS
