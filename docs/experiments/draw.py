@@ -1,9 +1,12 @@
-"""Draw docs/runs.png: `python -m docs.experiments.draw`.
+"""Draw docs/runs.png and docs/vocabularies.png: `python -m docs.experiments.draw`.
 
-It shows the runs at real size, out of the folders that collect.py has put beside this file.
+The one shows the runs at real size, out of the folders that collect.py has put beside this file.
+The other shows what vocabularies of several sizes give in equal time, out of vocabularies.jsonl.
 """
 
+import json
 import math
+import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -27,6 +30,7 @@ RECORDED = {  # label: (perplexity, where its text stands: 0 is left, 1 is right
     "experiment 3 after 10 epochs": (65.71, 0),
     "experiment 4 after 9 epochs": (46.33, 0),
 }
+SECONDS = 80  # that each of the vocabularies trained
 APART = 0.17  # nats between the texts beside the last dots
 
 
@@ -83,9 +87,38 @@ def draw_runs(folders, path):
     picture.savefig(path, dpi=110)
 
 
+def draw_vocabularies(file, path):
+    """Draw the runs of docs/data.md: each line of the file is a vocabulary, with the training of
+    its best rate, [[step, bits per byte]], and the validation of three seeds, bits per byte."""
+    vocabularies = [json.loads(line) for line in file.read_text().splitlines()]
+    picture = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = picture.subplots(1, 2)
+    for number, row in enumerate(vocabularies):
+        tokens, values, colour = row["tokens"], row["validation"], f"C{number}"
+        steps, bits = zip(*row["training"], strict=True)
+        seconds = [SECONDS * step / row["steps"] for step in steps]
+        label = f"{tokens:,}{' (GPT-2)' * (tokens == 50257)}"
+        left.plot(seconds, bits, color=colour, linewidth=1, label=label)
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        right.errorbar(tokens, mean, deviation, fmt="o", color=colour, capsize=3)
+        place = dict(xytext=(0, 8), textcoords="offset points", ha="center")
+        right.annotate(f"{mean:.3f}", (tokens, mean), fontsize=8, **place)
+    left.set(xlabel="seconds on one core", ylabel="bits per byte", ylim=(1.9, 4.2))
+    left.set_title("training", fontsize=9)
+    left.legend(fontsize=8, title="tokens in the vocabulary", title_fontsize=8)
+    sizes = [row["tokens"] for row in vocabularies]
+    right.set(xscale="log", xlabel="tokens in the vocabulary", ylim=(1.97, 2.55))
+    right.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+    right.minorticks_off()
+    right.margins(x=0.1)
+    right.set_title("WikiText's validation, three seeds, after 80 s", fontsize=9)
+    picture.savefig(path, dpi=110)
+
+
 def main():
     folders = sorted(file.parent for file in HERE.glob("*/final.json"))
     draw_runs(folders, HERE.parent / "runs.png")
+    draw_vocabularies(HERE / "vocabularies.jsonl", HERE.parent / "vocabularies.png")
 
 
 if __name__ == "__main__":
