@@ -1,13 +1,11 @@
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_near, near, refuse_float64
+from helpers import assert_near, near, refuse_float64
 
 import sample
 from lab.console import UserError
@@ -43,14 +41,6 @@ def loud(context=8, layers=2, block="gpt2"):
     return model
 
 
-def generated(model, prompts, steps, *options, graph=False, **more):
-    """The ids that continue each prompt, a list of lists."""
-    texts = Texts(model, len(prompts), SamplingOptions(*options, **more), graph)
-    return [
-        list(row) for row in zip(*[ids for ids, _ in texts.generate(prompts, steps)], strict=True)
-    ]
-
-
 # loud()'s logits: in each of two layers eight sums over 8 or 16, then the last norm and the head
 LOGITS = near(torch.float32, 2 * 8 * 16 + 2 * 8)
 
@@ -65,48 +55,27 @@ def say(capsys, *words):
 
 @pytest.mark.arithmetic
 @torch.no_grad()
-@pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("block", ["gpt2", "modern"])
-def test_logprobs_are_those_of_the_whole_forward_pass(block, graph):
-    model, prompts = loud(block=block), [[1], [2, 3, 4], [5, 6]]
-    texts = Texts(model, 3, SamplingOptions(0.3, 3, repetition_penalty=2.0), graph)
-    ids, logprobs = zip(*texts.generate(prompts, 5), strict=True)
-    for row, prompt in enumerate(prompts):
-        tokens = torch.tensor(prompt + [step[row] for step in ids])
-        each = model(tokens[None, :-1])[0].log_softmax(-1).gather(1, tokens[1:, None])
-        drawn = torch.tensor([step[row] for step in logprobs])
-        assert_near(drawn, each[-5:, 0], LOGITS)
-
-
-@pytest.mark.arithmetic
-@torch.no_grad()
-@pytest.mark.parametrize("block", ["gpt2", "modern"])
-@pytest.mark.parametrize("context, graph", [(1, False), (2, True), (7, False), (8, True)])
-def test_text_past_the_context_is_that_of_the_slow_path(context, graph, block):
+@pytest.mark.parametrize("context, graph", [(1, False), (7, False), (8, True)])
+def test_ids_and_logprobs_past_the_context_are_those_of_the_slow_path(context, graph, block):
     """The slow path does the same without a cache: a full context goes on from its last half."""
-    model = loud(context, block=block)
-    prompts = [[5], [9, 8, 7], list(range(20))]
-    rows = generated(model, prompts, 25, 1.0, 0, seed=3, graph=graph)
-    for prompt, row, uniform in zip(prompts, rows, draws(3, 25, 3), strict=True):
-        seen, out = prompt[-context:], []
+    model, prompts = loud(context, block=block), [[5], [9, 8, 7], list(range(20))]
+    texts = Texts(model, 3, SamplingOptions(0.7, 50, 1.0, 2.0, seed=3), graph)
+    steps, logprobs = zip(*texts.generate(prompts, 25), strict=True)
+    for row, (prompt, uniform) in enumerate(zip(prompts, draws(3, 25, 3), strict=True)):
+        seen, out, expected = prompt[-context:], [], []
         for u in uniform:
-            out.append(int(choose(model(torch.tensor([seen]))[:, -1], u[None])))
+            logits = model(torch.tensor([seen]))[:, -1]
+            careful = torch.where(logits > 0, logits / 2, logits * 2)
+            said = torch.zeros(1, 60, dtype=torch.bool)
+            said[0, prompt + out] = True
+            out.append(int(choose(torch.where(said, careful, logits), u[None], 0.7, 50)))
+            expected.append(logits.log_softmax(-1)[0, out[-1]])
             seen = seen + out[-1:]
             if len(seen) > context:
                 seen = seen[-max(1, context // 2) :]
-        assert out == row and len(set(out)) > 3
-
-
-@pytest.mark.arithmetic
-def test_a_text_does_not_depend_on_those_beside_it_or_before_it():
-    model, prompt = loud(), [[1, 2, 3]]
-    together = generated(model, prompt * 3, 12, seed=5)
-    for i in range(3):
-        assert generated(model, prompt, 12, seed=5 + i) == together[i : i + 1]
-    assert together[0] != together[1] != together[2]
-    texts = Texts(model, 1, SamplingOptions(seed=5, repetition_penalty=2.0), graph=True)
-    first, _, again = ([ids for ids, _ in texts.generate(p, 12)] for p in (prompt, [[4]], prompt))
-    assert first == again
+        assert out == [ids[row] for ids in steps] and len(set(out)) > 3
+        assert_near(torch.tensor([each[row] for each in logprobs]), torch.stack(expected), LOGITS)
 
 
 # --- choices
@@ -119,33 +88,24 @@ def test_choices_keep_to_what_is_allowed():
     def drawn(**kwargs):
         return choose(logits.expand(4000, 5), uniform, **kwargs)
 
-    for kwargs in ({}, {"top_k": 99}, {"top_p": 0.9999}):
+    for kwargs in {}, {"top_p": 0.9999}:
         counts = drawn(**kwargs).bincount(minlength=5) / 4000
         both_ends = 2 / 4000
         torch.testing.assert_close(counts, logits.exp()[0], atol=both_ends, rtol=0)
-    for temperature in 0, 1e-9, 5e-324:  # so near 0 that a quotient by it would overflow
-        for top_k in 0, 3:
-            assert set(drawn(temperature=temperature, top_k=top_k).tolist()) == {1}
+    for temperature in 0, 5e-324:  # so near 0 that a quotient by it would overflow
+        assert set(drawn(temperature=temperature, top_k=3).tolist()) == {1}
     assert set(drawn(top_k=2).tolist()) == {1, 3}
-    for top_p in 5e-324, 0.39:
-        assert set(drawn(top_p=top_p).tolist()) == {1}
-    assert set(drawn(top_p=0.41).tolist()) == {1, 3}
-    assert set(drawn(top_p=0.86).tolist()) == {0, 1, 2, 3}
+    for top_p, ids in (5e-324, {1}), (0.39, {1}), (0.41, {1, 3}), (0.86, {0, 1, 2, 3}):
+        assert set(drawn(top_p=top_p).tolist()) == ids
     assert (drawn(temperature=0.5).bincount(minlength=5) / 4000)[1] > 0.5
     never = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(4000, 3)
     assert set(choose(never, uniform).tolist()) == {1}
 
 
-def test_a_repetition_penalty_keeps_from_what_was_said():
-    plain, careful = (generated(loud(), [[1]], 30, 0, 0, 1, penalty)[0] for penalty in (1, 1e5))
-    assert len(set(careful)) == 30 and 1 not in careful and len(set(plain)) < 30
-
-
 def test_sampling_takes_no_float64():
     with refuse_float64():
-        with pytest.raises(TypeError, match="float64"):
-            torch.ones(1).double()
-        assert len(generated(loud(), [[1], [2, 3]], 12, 0.8, 20, 0.9, 1.3)[0]) == 12
+        texts = Texts(loud(), 2, SamplingOptions(top_p=0.9))
+        assert len([*texts.generate([[1], [2, 3]], 12)]) == 12
     # the numbers are those of float64 nevertheless
     expected = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     assert torch.equal(draws(2, 9, 5)[1], expected.float())
@@ -159,7 +119,6 @@ def test_text_begins_with_its_start_and_follows_from_the_seed(checkpoint, capsys
     first = say(capsys, "--start", start)
     assert first.out.startswith(start) and len(first.out) > len(start) + 12
     assert "out/run/best.pt" in first.err and "12.50" in first.err
-    assert "tokens per second" in first.err
     assert say(capsys, "--start", start).out == first.out
     assert say(capsys, "--start", start, "--seed", "1").out != first.out
     three = say(capsys, "--start", start, "--num_samples", "3").out.split("\n---\n")
@@ -200,79 +159,69 @@ def test_prompts_of_a_file_as_lines_of_json(checkpoint, capsys, tmp_path):
 
 
 def test_interactive(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nThe dog\n"))
-    shown = say(capsys, "--interactive")
-    assert shown.out.startswith("The cat") and "\nThe dog" in shown.out
-    assert shown.err.count("> ") == 3
+    words = "--repetition_penalty", "2"  # of what is said in that text alone
+    cat, dog = (say(capsys, *words, "--start", start).out for start in ("The cat", "The dog"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nThe dog\nThe cat\n"))
+    shown = say(capsys, *words, "--interactive")
+    assert shown.out == cat + dog + cat and shown.err.count("> ") == 4
 
 
-def test_a_closed_pipe_is_no_accident(checkpoint):
-    words = "--start x --max_new_tokens 400 --device cpu | head -c 1"
-    command = f"{sys.executable} {ROOT}/sample.py {words}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "x" and "Traceback" not in done.stderr and "Error" not in done.stderr
+def leave(name, when, bits=None):
+    """A run's best.pt under out/, and its final figures if it is finished."""
+    path = Path("out", name, "best.pt")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    os.utime(path, (when, when))
+    if bits:
+        figures = {"val": {"bits_per_byte": bits}}
+        path.with_name("final.json").write_text(json.dumps(figures))
 
 
 def test_the_run_trained_last_is_found(in_tmp):
-    for name, when in (("older/best.pt", 100), ("run/best.pt", 200)):
-        path = in_tmp / "out" / name
-        path.parent.mkdir(parents=True)
-        path.touch()
-        os.utime(path, (when, when))
+    leave("older", 100)
+    leave("run", 200)
     assert str(find_checkpoint()) == "out/run/best.pt"
     # its training goes on: now it is the newer, and best.pt its best
-    (in_tmp / "out/older/last.pt").touch()
+    Path("out/older/last.pt").touch()
     assert str(find_checkpoint()) == "out/older/best.pt"
     assert str(find_checkpoint("out/run")) == "out/run/best.pt"
-    os.remove("out/run/best.pt")
-    with pytest.raises(UserError, match="out/run.*train.py"):
-        find_checkpoint("out/run")
+    with pytest.raises(UserError, match="out/none.*train.py"):
+        find_checkpoint("out/none")
 
 
 def test_a_sweep_s_best_run_is_found(in_tmp):
-    for name, bits in (("a", 3.0), ("b", 2.0), ("c", 2.5)):
-        folder = in_tmp / "out/sweep" / name
-        folder.mkdir(parents=True)
-        (folder / "best.pt").touch()
-        (folder / "final.json").write_text(json.dumps({"val": {"bits_per_byte": bits}}))
-    (in_tmp / "out/sweep/sweep.json").write_text("{}")
+    for when, (name, bits) in enumerate(dict(a=3.0, b=2.5, c=None).items()):
+        leave(f"sweep/{name}", when, bits)
+    Path("out/sweep/sweep.json").write_text("{}")
     assert str(find_checkpoint("out/sweep")) == "out/sweep/b/best.pt"
     os.remove("out/sweep/b/final.json")  # it is not finished
-    assert str(find_checkpoint("out/sweep")) == "out/sweep/c/best.pt"
+    assert str(find_checkpoint("out/sweep")) == "out/sweep/a/best.pt"
 
 
-@pytest.mark.parametrize(
-    "words, names",
-    [
-        ("--temperature 1e308", "temperature"),
+def test_mistakes_are_named(checkpoint):
+    Path("empty.txt").write_text("\n")
+    for words, names in (
         ("--top_p 0", "top_p"),
-        ("--max_new_tokens 1000000000000", "max_new_tokens"),
-        ("--repetition_penalty 1e-320", "repetition_penalty"),
         ("--checkpoint none.pt", "none.pt"),
-        ("--out_dir none", "none"),
         ("--start FILE:~/none.txt", str(Path.home())),
         ("--prompts empty.txt", "empty.txt"),
         ("--prompts x --interactive", "interactive"),
         ("Hello", '--start "'),
-    ],
-)
-def test_mistakes_are_named(checkpoint, words, names):
-    Path("empty.txt").write_text("\n")
-    with pytest.raises(UserError, match=names):
-        sample.main(words.split())
+    ):
+        with pytest.raises(UserError, match=names):
+            sample.main(words.split())
 
 
 def test_a_model_that_cannot_go_on_is_one_line(checkpoint, capsys):
     save(LanguageModel(60, 8, 8, 2, 16, 1), checkpoint)
     with pytest.raises(UserError, match="vocabulary of 60"):
         sample.main(["--start", "The cat sat"])
-    for value in torch.nan, torch.inf:
-        model = LanguageModel(50257, 8, 8, 2, 16, 1)
-        model.final_norm.weight.data[3] = value
-        save(model, checkpoint)
-        for words in (), ("--temperature", "0"), ("--top_k", "0"), ("--num_samples", "2"):
-            with pytest.raises(UserError, match="not finite"):
-                sample.main(["--max_new_tokens", "3", *words])
+    model = LanguageModel(50257, 8, 8, 2, 16, 1)
+    model.final_norm.weight.data[3] = torch.nan
+    save(model, checkpoint)
+    for words in (), ("--temperature", "0"), ("--top_k", "0"):
+        with pytest.raises(UserError, match="not finite"):
+            sample.main(["--max_new_tokens", "3", *words])
     assert capsys.readouterr().out == ""
 
 
@@ -297,9 +246,7 @@ def test_a_text_ends_where_the_model_says_so(in_tmp, capsys):
     assert say(capsys, *likeliest, "--start", "The").out == "The cat sat\n"
     assert say(capsys, *likeliest).out == " cat sat\n"  # it begins after the end of another
     (in_tmp / "prompts.txt").write_text("The\nA dog\n")
-    many = [*likeliest, "--prompts", "prompts.txt"]
-    assert say(capsys, *many).out == "The cat sat\n\n---\nA dog sat\n"
-    lines = say(capsys, *many, "--format", "jsonl").out.splitlines()
-    texts = [json.loads(line) for line in lines]
-    assert [text["text"] for text in texts] == [" cat sat", " sat"]
-    assert [text["tokens"] for text in texts] == [[cat, sat], [sat]]
+    lines = say(
+        capsys, *likeliest, "--prompts", "prompts.txt", "--format", "jsonl"
+    ).out.splitlines()
+    assert [json.loads(line)["tokens"] for line in lines] == [[cat, sat], [sat]]

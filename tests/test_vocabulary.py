@@ -1,6 +1,5 @@
 """A vocabulary of one's own: learned, encoded, damaged, trained on, sampled from, exported."""
 
-import hashlib
 import json
 import os
 import random
@@ -18,9 +17,8 @@ from test_text import jsonl, write
 import prepare
 import sample
 import train
-from lab import gpt2
 from lab.console import UserError
-from lab.data import Dataset, load_tokenizer
+from lab.data import Dataset
 from lab.encode import ranks_of
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # its pattern
@@ -51,13 +49,7 @@ def slow_bpe(text, ranks):
 def noise(seed, length=300):
     """Characters of every kind, and words of TEXTS among them."""
     dice = random.Random(seed)
-    kinds = [
-        range(32, 127),
-        range(0x20),
-        range(0xA0, 0x250),
-        range(0x4E00, 0x4F00),
-        (0x1F600, 0x200D),
-    ]
+    kinds = range(32, 127), range(0x20), range(0xA0, 0x250), range(0x4E00, 0x4F00)
     chars = [chr(dice.choice(dice.choice(kinds))) for _ in range(length)]
     return "".join(dice.choice([char, dice.choice(TEXTS)[:9]]) for char in chars)
 
@@ -76,7 +68,6 @@ def test_the_ids_are_those_of_a_slow_bpe_and_decode_to_the_text(own):
     dataset = Dataset("own", own / "data")
     ranks, encoding = ranks_of(dataset.tokenizer_text), dataset.encoding()
     assert dataset.vocab_size == 400 == len(ranks) + 1 == encoding.n_vocab
-    assert sorted(ranks.values()) == list(range(399)) and len(min(ranks, key=ranks.get)) == 1
     for text in [*TEXTS, *map(noise, range(100, 130)), bytes(range(256)).decode("latin1")]:
         ids = encoding.encode_ordinary(text)
         assert ids == slow_bpe(text, ranks) and encoding.decode(ids) == text
@@ -86,35 +77,24 @@ def test_the_ids_are_those_of_a_slow_bpe_and_decode_to_the_text(own):
     assert len(ids) < dataset.counts["val"].bytes  # pairs were joined
 
 
-def test_the_training_split_alone_is_learned_from(tmp_path):
-    write(tmp_path, {"a/train.txt": "ab " * 500, "a/val.txt": "xy " * 500})
-    dataset = prepare.prepare("own", tmp_path / "a", vocab_size=300, data_dir=tmp_path / "data")
-    tokens = ranks_of(dataset.tokenizer_text)
-    assert b" ab" in tokens and b"xy" not in tokens
-
-
 def test_the_same_text_gives_the_same_vocabulary_on_any_number_of_threads(own, tmp_path):
-    before = (own / "data/own/tokenizer.tiktoken").read_bytes()
+    words = "own", "--source", own / "rows.jsonl", "--vocab_size", "400", "--data_dir", tmp_path
     for threads in "1", "3":
-        words = "own", "--source", own / "rows.jsonl", "--vocab_size", "400", "--data_dir", tmp_path
         env = os.environ | {"RAYON_NUM_THREADS": threads}
-        subprocess.run(
-            [sys.executable, ROOT / "prepare.py", *words, "--force"], env=env, check=True
-        )
-        assert (tmp_path / "own/tokenizer.tiktoken").read_bytes() == before
-        assert (tmp_path / "own/train.bin").read_bytes() == (
-            own / "data/own/train.bin"
-        ).read_bytes()
+        command = [sys.executable, ROOT / "prepare.py", *words, "--force"]
+        subprocess.run(command, env=env, check=True)
+        there = (tmp_path / "own/tokenizer.tiktoken").read_bytes()
+        assert there == (own / "data/own/tokenizer.tiktoken").read_bytes()
 
 
-def test_a_long_text_is_learned_from_evenly_spread_parts(tmp_path, monkeypatch):
+def test_a_long_training_split_is_learned_from_in_evenly_spread_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("lab.text.BLOCK", 100)
     monkeypatch.setattr(prepare, "LEARN_FROM", 2000)
     rows = ["ab " * 20] * 100 + ["cd " * 20] * 100 + ["ef " * 20] * 100
-    write(tmp_path, {"a/train.txt": "\n".join(rows), "a/val.txt": "ab"})
+    write(tmp_path, {"a/train.txt": "\n".join(rows), "a/val.txt": "xy " * 1000})
     dataset = prepare.prepare("own", tmp_path / "a", vocab_size=300, data_dir=tmp_path / "data")
     tokens = ranks_of(dataset.tokenizer_text)
-    assert all(word in tokens for word in (b" ab", b" cd", b" ef"))
+    assert all(word in tokens for word in (b" ab", b" cd", b" ef")) and b" xy" not in tokens
 
 
 def test_a_million_spaces_and_a_text_too_small(tmp_path, capsys):
@@ -128,17 +108,13 @@ def test_a_million_spaces_and_a_text_too_small(tmp_path, capsys):
     assert "already prepared" in capsys.readouterr().out
 
 
-def test_the_end_of_a_text_is_the_last_id_where_the_separator_asks_for_it(tmp_path):
+def test_a_vocabulary_has_no_end_of_text_where_the_separator_does_not_ask_for_it(tmp_path):
     write(tmp_path, {"a/train.txt": "the cat sat on the mat\n" * 9, "a/val.txt": "the mat\n"})
-    for separator, more in ("endoftext", 1), ("newline", 0), ("none", 0):
-        dataset = prepare.prepare(
-            separator, tmp_path / "a", separator, vocab_size=270, data_dir=tmp_path / "data"
-        )
-        assert dataset.vocab_size == len(ranks_of(dataset.tokenizer_text)) + more
-        ids = load_tokens(separator, "train", tmp_path / "data").tolist()
-        text = dataset.encoding().decode(ids)
-        assert text.count("<|endoftext|>") == more and max(ids) < dataset.vocab_size
-        assert not more or ids[-1] == dataset.vocab_size - 1
+    for separator in "newline", "none":
+        more = dict(vocab_size=270, data_dir=tmp_path / "data")
+        dataset = prepare.prepare(separator, tmp_path / "a", separator, **more)
+        assert dataset.vocab_size == len(ranks_of(dataset.tokenizer_text))
+        assert dataset.split("train").tokens.max() < dataset.vocab_size
 
 
 def test_a_damaged_vocabulary_is_one_line_with_the_command(own, tmp_path):
@@ -150,13 +126,9 @@ def test_a_damaged_vocabulary_is_one_line_with_the_command(own, tmp_path):
             Dataset("own", tmp_path / "data")
 
 
-def test_another_vocabulary_is_another_data_set(own, tmp_path, capsys):
-    words = "own", own / "rows.jsonl"
+def test_another_vocabulary_is_another_data_set(own, tmp_path):
     with pytest.raises(UserError, match="vocab_size 400.*--force"):
-        prepare.prepare(*words, data_dir=own / "data")
-    for size in 256, 65537:
-        with pytest.raises(UserError, match="257"):
-            prepare.main(["own", "--source", str(words[1]), f"--vocab_size={size}"])
+        prepare.prepare("own", own / "rows.jsonl", data_dir=own / "data")
     write(tmp_path, {"a/train.txt": "the cat\n" * 9, "a/valid.txt": "the mat\n"})
     more = dict(vocab_size=270, data_dir=tmp_path / "data")
     assert prepare.prepare("wikitext-2", tmp_path / "a", **more).name == "wikitext-2-270"
@@ -164,11 +136,8 @@ def test_another_vocabulary_is_another_data_set(own, tmp_path, capsys):
     once = "wikitext-2 --vocab_size 270 --data_dir [^ ]+ --force"
     with pytest.raises(UserError, match=once):
         Dataset("wikitext-2-270", tmp_path / "data").split("train")
-    # 50257 names GPT-2's, and a small text in it says that there is another way
-    capsys.readouterr()
-    prepare.prepare("mine", tmp_path / "a", vocab_size=50257, data_dir=tmp_path / "data")
-    assert "--vocab_size" in capsys.readouterr().out
-    assert Dataset("mine", tmp_path / "data").tokenizer == "gpt2"
+    more["vocab_size"] = 50257  # names GPT-2's
+    assert prepare.prepare("mine", tmp_path / "a", **more).tokenizer == "gpt2"
 
 
 # --- a run with it
@@ -184,19 +153,14 @@ def trained(own, tiny):
     return own
 
 
-def test_a_checkpoint_carries_its_vocabulary(trained, tmp_path, capsys):
+def test_a_checkpoint_carries_its_vocabulary_and_takes_no_other(trained, tiny, capsys):
     capsys.readouterr()
-    sample.main(
-        ["--start", "日本", "--max_new_tokens", "5", "--format", "jsonl", "--device", "cpu"]
-    )
+    sample.main(["--start", "日本", "--format", "jsonl", "--device", "cpu"])
     text = json.loads(capsys.readouterr().out)
     encoding = Dataset("own", trained / "data").encoding()
     assert text["text"] == encoding.decode([i for i in text["tokens"] if i < 399])
     line = Path("out/tiny/metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["samples"][0][0] == "It is"
-
-
-def test_weights_of_another_vocabulary_are_refused(trained, tiny):
     refused("own-.* gpt2", tiny, "--init_from", "out/tiny/best.pt", "--out_dir", "out/b")
     refused("own-.* gpt2", tiny, "--eval_only", "--dataset", "tiny")
 
@@ -210,8 +174,3 @@ def test_transformers_reads_the_vocabulary_and_gives_the_same_ids(trained):
         assert peer(text)["input_ids"] == encoding.encode_ordinary(text)
     assert peer.eos_token_id == 399
     assert transformers.GPT2LMHeadModel.from_pretrained("out/hf").config.eos_token_id == 399
-
-
-def test_gpt2_s_pairs_are_its_merges():
-    _, *lines = gpt2.their_tokenizer(load_tokenizer())["merges.txt"].strip("\n").split("\n")
-    assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == gpt2.MERGES
