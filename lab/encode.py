@@ -42,9 +42,8 @@ def encode_rows(encoding, rows, ends, separator):
     """(ids uint16, {words, bytes, rows}) of a block: rows, and whether the last ends there. The ids
     of a row depend on that row alone.
 
-    none: a row is stripped. newline: it is kept as it is and ends in one newline, which counts as a
-    word, as the literature counts. endoftext: it is kept as it is, and the id of END follows, which
-    is no word and no byte.
+    none: it is stripped. newline: it ends in one newline, which counts as a word, as the literature
+    counts. endoftext: it is kept as it is; the id of END follows, which is no word and no byte.
     """
     texts = texts_of(rows, separator)
     ids = encode_apart(encoding, texts)

@@ -32,13 +32,17 @@ SPLIT_NAME = re.compile(
 )
 # below the top of a folder only these have splits' names: test.py and test/ are often code
 DATA = (".txt", ".raw", ".tokens", ".md", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
-PACKED = {  # first bytes: what a file is, and the command that makes text of it
-    b"PK\3\4": ("zip", "unzip"),
-    b"%PDF": ("PDF", "pdftotext"),
-    b"BZh": ("bz2", "bunzip2 -k"),
-    b"\xfd7zXZ": ("xz", "unxz -k"),
-    b"(\xb5/\xfd": ("zstd", "unzstd"),
-}
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a text in it begins
+# how a file begins that is not text, what it is, and the command that makes text of it
+PACKED = (
+    (rb"PK\x03\x04.*word/", "docx", "pandoc -t plain -o NEW.txt"),
+    (rb"PK\x03\x04", "zip", "unzip"),
+    (rb"%PDF", "PDF", "pdftotext"),
+    (rb".{257}ustar", "tar", "tar xf"),
+    (rb"BZh", "bz2", "bunzip2 -k"),
+    (rb"\xfd7zXZ", "xz", "unxz -k"),
+    (rb"\x28\xb5/\xfd", "zstd", "unzstd"),
+)
 
 
 @dataclass
@@ -47,7 +51,6 @@ class Source:
 
     read: Callable  # gives (split, block) pairs, from the start each time
     files: dict = field(default_factory=dict)  # {name: Path}; empty where it is not on disk
-    divided: bool = False  # its validation split is split off
     skipped: str = ""  # which files are not read, as a sentence
 
 
@@ -72,40 +75,31 @@ def other_kind(path):
         return "a table, which is read as .jsonl or .parquet"
     with open_file(path) as stream:
         head = stream.read(8192)
-    found = [pair for magic, pair in PACKED.items() if head.startswith(magic)]
-    if b"word/" in head and found:
-        found = [("docx", "pandoc -t plain -o NEW.txt")]
-    if head[257:262] == b"ustar":
-        found = [("tar", "tar xf")]
-    for kind, convert in found:
-        return f"{kind}, not text; `{convert} {shlex.quote(str(path))}` makes text of it"
-    utf16 = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # text, for iconv
-    return "binary, not text" if b"\0" in head and not utf16 else ""
+    for beginning, kind, convert in PACKED:
+        if re.match(beginning, head, re.DOTALL):
+            return f"{kind}, not text; `{convert} {shlex.quote(str(path))}` makes text of it"
+    return "binary, not text" if b"\0" in head and not head.startswith(UTF16) else ""
 
 
 def read_chunks(path, start=0, end=math.inf):
-    """The text of a UTF-8 file from byte start to byte end, about BLOCK at a time. Both lie between
-    characters. Raises UserError for text in another encoding."""
+    """The text of a UTF-8 file from byte start to byte end, both between characters, about BLOCK at
+    a time. Raises UserError for text in another encoding."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position = start
+    position, raw = start, True
     with open_file(path) as stream:
         stream.seek(start)
-        while True:
+        while raw:
             raw = stream.read(min(BLOCK, end - position))
             position += len(raw)
             try:
                 yield decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 wrong = error.object[error.start :]
-                codec = "UTF-16" if wrong[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
-                name = shlex.quote(str(path))
+                codec = "UTF-16" if wrong.startswith(UTF16) else "LATIN1"
                 get = "gzip -dc" if path.suffix.lower() == ".gz" else "cat"
-                raise UserError(
-                    f"{path} is not UTF-8 at byte {position - len(wrong):,}; if it is {codec}, "
-                    f"`{get} {name} | iconv -f {codec} -t UTF-8 > NEW` converts it"
-                ) from None
-            if not raw:
-                return
+                fix = f"`{get} {shlex.quote(str(path))} | iconv -f {codec} -t UTF-8 > NEW`"
+                where = f"{path} is not UTF-8 at byte {position - len(wrong):,}"
+                raise UserError(f"{where}; if it is {codec}, {fix} converts it") from None
 
 
 def read_text(path, documents, start=0, end=math.inf):
@@ -125,18 +119,15 @@ def read_text(path, documents, start=0, end=math.inf):
 
 
 def read_rows(path, column):
-    """Blocks of a column of a .jsonl or .parquet file. Raises UserError."""
+    """Lists of the texts under a column of a .jsonl or .parquet file. Raises UserError."""
     if suffix_of(path) == ".parquet":
         yield from read_parquet(path, column)
         return
-    number = 0
-    for lines, _ in read_text(path, documents=False):
-        texts = []
-        for line in lines:
-            number += 1
-            if line.strip():
-                texts.append(text_of_json(line, column, f"{path}, line {number}"))
-        yield texts, True
+    first = 1  # of a block's lines
+    for lines, _ in read_text(path, False):
+        rows = ((n, line) for n, line in enumerate(lines, first) if line.strip())
+        yield [text_of_json(line, column, f"{path}, line {n}") for n, line in rows]
+        first += len(lines)
 
 
 def text_of_json(line, column, where):
@@ -146,17 +137,15 @@ def text_of_json(line, column, where):
     except ValueError:
         row = None
     if not isinstance(row, dict):
-        raise UserError(
-            f"{where} is no JSON object; a row a line is wanted, which "
-            "`jq -c '.[]' FILE > NEW.jsonl` makes of an array"
-        )
+        fix = "`jq -c '.[]' FILE > NEW.jsonl` makes a row a line of an array"
+        raise UserError(f"{where} is no JSON object; {fix}")
     text = text_at(row, column, where)
     # half a character, such as "\\ud800" in JSON, is none in UTF-8
     return text and text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def read_parquet(path, column):
-    """Blocks of a column of a .parquet file. Raises UserError."""
+    """read_rows() of a .parquet file."""
     import pyarrow.parquet
 
     try:
@@ -165,7 +154,7 @@ def read_parquet(path, column):
             for row in first.to_pylist() if first else ():
                 text_at(row, column, path)  # with all columns, for the message to name
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                yield [text_at(row, column, path) for row in batch.to_pylist()], True
+                yield [text_at(row, column, path) for row in batch.to_pylist()]
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         why = first_line(error)
         raise UserError(f"{path} is no whole parquet file ({why}); bring a whole one") from None
@@ -231,17 +220,13 @@ def named_splits(where, files):
         return {}
     names = ", ".join(name for part in found.values() for name in [*part][:3])
     if "train" not in found:
-        raise UserError(
-            f"{where} has no train split beside {names}; name the training text train.txt or "
-            "train/, or rename what is no split"
-        )
+        fix = "name the training text train.txt or train/, or rename what is no split"
+        raise UserError(f"{where} has no train split beside {names}; {fix}")
     for split, part in found.items():
         *_, shards = shared = next(iter(part.values()))
         if set(part.values()) != {shared} or (shards and int(shards) != len(part)):
-            raise UserError(
-                f"{where}: the {split} split must be one file, one folder or all of its shards; "
-                f"give --source one folder or file of {names}"
-            )
+            why = f"{where}: the {split} split must be one file, one folder or all of its shards"
+            raise UserError(f"{why}; give --source one folder or file of {names}")
     return {s: {name: files[name] for name in found[s]} for s in SPLITS if s in found}
 
 
@@ -266,112 +251,96 @@ def choose(where, files):
 
 
 def path_source(path, options):
-    """The Source of what lies at path, a folder or a file. Raises UserError, OSError.
-
-    options: prepare.py's, of which column, separator and val_fraction are looked at.
-    """
+    """The Source of what lies at path, a folder or a file. options: prepare.py's. Raises UserError,
+    OSError."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return disk_source(path, options)
     files = find_files(path) if path.is_dir() else {path.name: path}
     splits = named_splits(path, files) if path.is_dir() else {}
-    chosen = {}
-    for split, part in (splits or {"": files}).items():
-        chosen[split] = choose(f"the {split} split of {path}" if split else path, part)
-    if "train" in chosen and "val" not in chosen:
-        if not chosen["train"][1]:
-            name = next(iter(chosen["train"][0]))
-            raise UserError(
-                f"{path} has no val split beside {name}; name one val.txt or val/, or rename what "
-                f"is no split, or give that alone: --source {shlex.quote(str(path / name))}"
-            )
-        chosen = {"": chosen.pop("train"), **chosen}
-    texts = {name: file for found, _ in chosen.values() for name, file in found.items()}
-    skipped = ""
-    if count := len(files) - len(texts):
-        all_text = not splits and not chosen[""][1]
-        skipped = f"skipped {count:,} {'files that are not text' if all_text else 'other files'}"
-    return Source(partial(read_files, chosen, options), texts, "" in chosen, skipped)
+    chosen = {s: choose(f"the {s} split of {path}", part) for s, part in splits.items()}
+    chosen = chosen or {"train": choose(path, files)}
+    texts, are_rows = chosen["train"]
+    if splits and "val" not in splits and not are_rows:
+        name = next(iter(texts))
+        alone = f"--source {shlex.quote(str(path / name))}"
+        fix = f"name one val.txt or val/, or rename what is no split, or give that alone: {alone}"
+        raise UserError(f"{path} has no val split beside {name}; {fix}")
+    kept = {name: file for found, _ in chosen.values() for name, file in found.items()}
+    other = "other files" if splits or are_rows else "files that are not text"
+    count = len(files) - len(kept)
+    skipped = f"skipped {count:,} {other}" if count else ""
+    return Source(partial(read_files, chosen, options), kept, skipped)
 
 
 def read_files(chosen, options):
-    """(split, block) pairs of {split: what choose() gave}; split "" is divided into train and
-    val."""
+    """(split, block) pairs of {split: what choose() gave}."""
     for split, (files, are_rows) in chosen.items():
         paths = [*files.values()]
+        to_val = options.val_fraction if split == "train" and "val" not in chosen else 0
         if are_rows:
-            blocks = (block for path in paths for block in read_rows(path, options.column))
-            yield from in_split(split, blocks, options.val_fraction)
+            rows = (texts for path in paths for texts in read_rows(path, options.column))
+            yield from in_splits(split, rows, to_val)
             continue
-        documents = options.separator == "endoftext"
-        whole = [(split, path, 0, math.inf) for path in paths]
-        for part, path, *ends in whole if split else divide_texts(paths, options.val_fraction):
-            for block in read_text(path, documents, *ends):
+        parts = divide_texts(paths, to_val) if to_val else [(split, p, 0, math.inf) for p in paths]
+        for part, path, *ends in parts:
+            for block in read_text(path, options.separator == "endoftext", *ends):
                 yield part, block
 
 
 # --- a validation split for a text that has none ------------------------------------------------
 
 
-def in_split(split, blocks, val_fraction):
-    """(split, block) pairs of rows; a null is none. Those of split "" are divided: for a
-    val_fraction of 0.05 every 20th is val's."""
+def in_splits(split, rows, to_val):
+    """(split, block) pairs of a split's rows, given as lists; a null is none. to_val of them become
+    val's, evenly spaced: every 20th for 0.05."""
     number = 0
-    for texts, _ in blocks:
-        texts = [text for text in texts if text is not None]
-        if split:
-            yield split, (texts, True)
-            continue
-        parts = {"train": [], "val": []}
+    for texts in rows:
+        parts = {split: [], "val": []}
         for text in texts:
+            if text is None:
+                continue
             before, number = number, number + bool(text.strip())
-            to_val = math.floor(number * val_fraction) > math.floor(before * val_fraction)
-            parts["val" if to_val else "train"].append(text)
-        yield from ((part, (rows, True)) for part, rows in parts.items())
+            is_val = math.floor(number * to_val) > math.floor(before * to_val)
+            parts["val" if is_val else split].append(text)
+        yield from ((part, (texts, True)) for part, texts in parts.items() if texts)
 
 
 def divide_texts(paths, val_fraction):
-    """[(split, path, start, end)] of text files without a validation split, in bytes.
-
-    Each of several files goes to one split, so that val_fraction of the bytes are val's; a single
-    one is cut.
-    """
+    """[(split, path, start, end)] of text files without a validation split, in bytes: one is cut,
+    of several whole files are val's."""
     if len(paths) == 1:
         place = place_of_cut(paths[0], val_fraction)
         return [("train", paths[0], 0, place), ("val", paths[0], place, math.inf)]
-    sizes = [path.stat().st_size for path in paths]
-    seen = val = 0
-    splits = []
-    for size in sizes:
+    val, taken, seen = set(), 0, 0
+    for path in paths:
+        size = path.stat().st_size
         seen += size
-        splits.append("val" if val + size / 2 <= val_fraction * seen else "train")
-        val += size * (splits[-1] == "val")
-    if not val:
-        splits[sizes.index(min(sizes))] = "val"
-    return [(split, path, 0, math.inf) for split, path in zip(splits, paths, strict=True)]
+        if taken + size / 2 <= val_fraction * seen:
+            val.add(path)
+            taken += size
+    val = val or {min(paths, key=lambda path: path.stat().st_size)}
+    return [("val" if path in val else "train", path, 0, math.inf) for path in paths]
 
 
-def place_of_cut(path, val_fraction):
-    """The byte to cut a text file at, with text on both sides: after a line end, or before a blank
-    where there are few lines, or between any two characters."""
-    position = size = lines = 0
+def place_of_cut(path, to_val):
+    """The byte to cut a text file at: after a line end, or before a blank where there are few
+    lines, or between any two characters."""
+    size = lines = 0
     with open_file(path) as stream:
         while block := stream.read(BLOCK):
-            size = position + len(block.rstrip()) if block.strip() else size
-            position += len(block)
+            size += len(block)
             lines += block.count(b"\n")
-        wanted = int(size * (1 - val_fraction))
+        wanted = int(size * (1 - to_val))
         start = max(0, wanted - BLOCK)
         stream.seek(start)
-        window = stream.read(min(wanted + BLOCK, size) - start)
+        window = stream.read(2 * BLOCK).rstrip()
     low = 0 if start else len(window) - len(window.lstrip())
-    for breaks in (rb"(?<=\n)",) * (lines >= FEW) + (rb"(?<=\n)|(?= )",):
-        places = [match.start() for match in re.finditer(breaks, window)]
-        if places := [place for place in places if low < place < len(window)]:
-            return start + min(places, key=lambda place: abs(place - (wanted - start)))
-    place = max(0, min(max(wanted - start, low + 1), len(window) - 1))
-    while place > 1 and 0x80 <= window[place] < 0xC0:  # amid a character of UTF-8
-        place -= 1
-    return start + place
+    places = (rb"(?<=\n)", rb"(?<=\n)|(?= )", rb"(?=[^\x80-\xbf])")
+    for place in places[1:] if lines < FEW else places:
+        found = [match.start() for match in re.finditer(place, window)]
+        if found := [at for at in found if low < at < len(window)]:
+            return start + min(found, key=lambda at: abs(at - (wanted - start)))
+    return size
 
 
 # --- datasets -----------------------------------------------------------------------------------
@@ -384,29 +353,25 @@ def disk_source(path, options):
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever is wrong with its files
-        why = first_line(error)
-        raise UserError(f"datasets cannot load {path} ({why}); save it again") from None
+        why = f"datasets cannot load {path} ({first_line(error)})"
+        raise UserError(f"{why}; save it again") from None
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
     files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*.arrow"))}
-    divided = not any(split_of(name)[0] == "val" for name in loaded)
-    return Source(partial(read_loaded, path, loaded, options), files, divided)
+    return Source(partial(read_loaded, path, loaded, options), files)
 
 
-def hub_blocks(repository, config, origin, options, fix, streaming=False):
-    """(split, block) pairs of a data set of the Hugging Face hub at origin["revision"].
-
-    streaming: it is read while it is downloaded, and origin["revision"] becomes the commit that it
-    names. fix: what to do where the hub does not give it, for the message. Raises UserError.
-    """
+def hub_blocks(repository, config, origin, options, fix):
+    """(split, block) pairs of a data set of the Hugging Face hub, with --hub read while it is
+    downloaded. Where origin has no revision it gets the newest. fix: for the message where the hub
+    does not give it. Raises UserError."""
     import datasets
     import huggingface_hub
 
     try:
-        revision = origin["revision"]
-        if streaming:
-            revision = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
-        origin["revision"] = revision
-        loaded = datasets.load_dataset(repository, config, revision=revision, streaming=streaming)
+        if not origin["revision"]:
+            origin["revision"] = huggingface_hub.HfApi().dataset_info(repository).sha
+        how = dict(revision=origin["revision"], streaming=bool(options.hub))
+        loaded = datasets.load_dataset(repository, config, **how)
         yield from read_loaded(repository, loaded, options)
     except Exception as error:
         raise no_hub(repository, error, fix) from None
@@ -430,13 +395,12 @@ def read_loaded(where, loaded, options):
         raise UserError(f"{where} has no train split, only {names}; save one as train.jsonl")
     found = {split: found[split] for split in SPLITS if split in found}
     for split, rows in found.items():
+        to_val = options.val_fraction if split == "train" and "val" not in found else 0
         if options.column in (rows.column_names or ()):
             rows = rows.select_columns([options.column])
         tables = rows.with_format("arrow").iter(batch_size=1024)
         texts = ([text_at(row, options.column, where) for row in t.to_pylist()] for t in tables)
-        divided = split == "train" and "val" not in found
-        blocks = ((part, True) for part in texts)
-        yield from in_split("" if divided else split, blocks, options.val_fraction)
+        yield from in_splits(split, texts, to_val)
 
 
 def demo_blocks(separator):
