@@ -201,7 +201,7 @@ def write_pages(path, folders, tops, text):
     members = [folder for folder in folders if os.path.dirname(folder) in sweeps]
     for folder in members:
         write_entry(folder)
-    if sweeps != tops:
+    if sweeps != tops or len(tops) > 1:
         alone = [folder for folder in folders if folder not in members]
         write_notebook(path, alone, text, entries)
 
