@@ -256,25 +256,3 @@ def started(command, stderr=subprocess.PIPE, **kwargs):
 def step_of(out):
     """The highest step in a run's metrics.jsonl, 0 without one."""
     return max((line["step"] for line in read_lines(f"{out}/metrics.jsonl")), default=0)
-
-
-def kill_at_random(command, folder, chances, times):
-    """Start command again and again and kill it (SIGKILL) up to a quarter of a second after its
-    first step, every other time when the next save has begun. How many kills hit a save, and the
-    worst count of steps that one cost."""
-    amid, worst, reached, part = 0, 0, 0, Path(folder, "last.pt.part")
-    begins = "going on from", "no checkpoint in"
-    for i in range(times):
-        with started(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE) as child:
-            line = next(line for line in child.stdout if line.startswith(begins))
-            worst = max(worst, reached - int(line.split()[-1].replace(",", "")))
-            until(lambda: step_of(folder) > reached, child)  # noqa: B023
-            time.sleep(chances.random() / 4)  # no synchronisation: the moment is to be any
-            if i % 2:
-                until(part.exists, child, pause=0.0005)  # half of a save's time
-            assert child.poll() is None, "the run ended before it could be killed"
-            child.kill()
-            child.wait()
-        amid += part.exists()
-        reached = step_of(folder)
-    return amid, worst

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-import bench
 from config import Config, load_config
 from config.__main__ import page
 from lab.console import UserError
@@ -38,19 +37,12 @@ def test_values_are_taken_as_they_are_meant(tmp_path):
         "expected_ppl = [35, 42]\n"
         "data_dir = '~/data'\nd_ff = int(math.pow(2, 5))\ndef helper(): pass\n"
     )
-    words = ["--log_interval", "1e3", "--out_dir=~/out", "--sample_prompts", "['a', 'b']"]
+    words = ["--log_interval", "1e3", "--out_dir=~/out", "--sample_prompts", "It was, he said"]
     c = loaded(tmp_path, text, *words)
     assert (c.d_model, c.d_ff, c.log_interval) == (64, 32, 1000) and isinstance(c.d_model, int)
-    assert c.expected_ppl == (35, 42) and c.sample_prompts == ("a", "b")
+    assert c.expected_ppl == (35, 42) and c.sample_prompts == ("It was, he said",)
     assert (c.data_dir, c.out_dir) == (f"{Path.home()}/data", f"{Path.home()}/out")
-    for word, value in (("no", False), ("0", False), ("on", True), ("1", True), ("FALSE", False)):
-        assert loaded(tmp_path, "", "--resume", word).resume is value
-
-
-@pytest.mark.parametrize("prompt", ["The cat", "1984", "It was, he said"])
-def test_one_prompt_is_a_tuple_of_one(tmp_path, prompt):
-    assert loaded(tmp_path, "", "--sample_prompts", prompt).sample_prompts == (prompt,)
-    assert loaded(tmp_path, f"sample_prompts = {prompt!r}").sample_prompts == (prompt,)
+    assert loaded(tmp_path, "", "--resume", "no").resume is False
 
 
 def test_everything_wrong_is_listed_at_once_with_the_nearest_name(tmp_path):
@@ -74,82 +66,32 @@ def test_no_config_and_no_such_config(tmp_path):
         ("d_model = ", "SyntaxError"),
         ("dataset = FIELDS", "FIELDS"),  # not a name of the program's
         ("learning_rate = float('nan')", "learning_rate"),
-        ("learning_rate = 0", "learning_rate"),
         ("expected_ppl = (42,)", "expected_ppl"),
-        ("expected_ppl = ('a', 'b')", "expected_ppl"),
-        ("sample_prompts = (1, 2)", "sample_prompts"),
         ("device = 'cuda:first'", "device"),
-        ("d_model = 0", "d_model"),
         ("d_model = 16\nnum_heads = 7", "num_heads"),
-        ("resume = 2", "resume"),
-        ("max_steps = 10.5", "max_steps"),
         ("block = 'modern'\nd_model = 24\nnum_heads = 8", "block"),
-        ("unigram_bias = True\ninit_from = 'gpt2'", "unigram_bias"),
         ("learning_rate = 1e-4\nmin_learning_rate = 1e-3", "min_learning_rate"),
-        ("cuda_graph = True\ndtype = 'float16'", "cuda_graph"),
         ("eval_stride = 4", "eval_only"),
-        ("split = 'test'", "eval_only"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, names):
     assert names in problems(loaded, tmp_path, text)
 
 
-def test_a_free_setting_makes_no_other_experiment(tmp_path):
-    config = loaded(tmp_path, "")
-    assert config.differences(config.plain() | {"warmup_steps": None, "epochs": 9}) == []
-    assert len(config.differences(config.plain() | {"seed": 1, "dropout": 0.2})) == 2
-
-
-@pytest.mark.parametrize(
-    "asked, total, used",
-    [(200, 7063, 200), (20, 239, 20), (20, 5, 1), (20, 60, 6), (20, 1, 0), (0, 100, 0), (3, 2, 1)],
-)
+@pytest.mark.parametrize("asked, total, used", [(200, 7063, 200), (20, 60, 6), (20, 5, 1)])
 def test_the_warm_up_is_at_most_a_tenth_of_the_run(tmp_path, asked, total, used):
     config = loaded(tmp_path, f"warmup_steps = {asked}\nmax_steps = {total}")
     assert warmup_of(config, total) == used
 
 
-def test_a_changed_config_is_a_copy(tmp_path):
-    config = loaded(tmp_path, '"""Why?"""\nd_model = 16')
-    other = config.changed(d_model=32, dtype="float32")
-    assert (config.d_model, config.dtype, other.d_model, other.dtype) == (16, "auto", 32, "float32")
-    assert (other.name, other.doc, other.named) == ("exp9", "Why?", {"d_model"})
-
-
-def test_help_shows_every_setting_with_its_reason_and_its_own_first(capsys):
+def test_help_shows_every_setting_with_its_reason_and_a_config_s_values(capsys):
     with pytest.raises(SystemExit) as caught:
-        bench.main(["--help"])
+        load_config([str(ROOT / "config/exp5.py"), "--help"])
     shown = capsys.readouterr().out
     assert caught.value.code == 0
     for field in dataclasses.fields(Config):
         assert f"--{field.name} " in shown and field.metadata["help"] in shown
-    assert shown.index("--steps ") < shown.index("\ndata\n") < shown.index("\ntraining\n")
-
-
-def test_help_for_a_config_shows_its_values(capsys):
-    with pytest.raises(SystemExit):
-        load_config([str(ROOT / "config/exp5.py"), "--help"])
-    shown = capsys.readouterr().out
-    assert "--patience 5\n" in shown and "--max_hours 12.0\n" in shown and "--seed 0\n" in shown
-
-
-NOTEBOOK = {  # dataset, batch, epochs, learning rate, dropout, recorded
-    "exp1": ("wikitext-2", 8, 300, 3e-4, 0.3, 464.64),
-    "exp2": ("wikitext-103", 32, 10, 3e-4, 0.3, 364.71),
-    "exp3": ("wikitext-103", 32, 20, 6e-4, 0.1, 65.71),
-    "exp4": ("wikitext-103", 32, 15, 4e-4, 0.1, 46.33),
-    "exp5": ("wikitext-103", 32, 15, 4e-4, 0.1, 0.0),
-}
-
-
-@pytest.mark.parametrize("name", NOTEBOOK)
-def test_the_experiments_state_what_the_notebook_states(name):
-    c = load_config([str(ROOT / f"config/{name}.py")])
-    stated = (c.dataset, c.batch_size, c.epochs, c.learning_rate, c.dropout, c.recorded_ppl)
-    assert stated == NOTEBOOK[name]
-    assert (c.max_seq_len, c.weight_decay, c.grad_clip) == (512, 0.1, 1.0)
-    assert (c.patience, c.max_hours) == ((5, 12.0) if name == "exp5" else (0, 0.0))
+    assert "--patience 5\n" in shown and "--seed 0\n" in shown
 
 
 def test_the_page_of_settings_is_the_dataclass():

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, RANKS, VOCAB, forbid, near
+from helpers import CPU, RANKS, VOCAB, forbid, metrics, near
 
 import train
 from lab.console import UserError
@@ -15,10 +15,10 @@ from model import LanguageModel
 pytestmark = pytest.mark.arithmetic
 
 
-def loud(dropout=0.5, context=16):
+def loud(context=16):
     """A model whose losses differ from token to token."""
     torch.manual_seed(0)
-    model = LanguageModel(VOCAB, context, 8, 2, 16, 1, dropout)
+    model = LanguageModel(VOCAB, context, 8, 2, 16, 1, dropout=0.5)
     with torch.no_grad():
         model.token_embedding.weight.mul_(20)
     return model
@@ -46,9 +46,9 @@ def direct(model, tokens, context, stride):
             return windows
 
 
-@pytest.mark.parametrize("rows, dropout", [(1, 0.0), (3, 0.5), (64, 0.5)])
-def test_evaluation_is_the_whole_split_in_order(tiny, rows, dropout):
-    split, model = Dataset("tiny").split("val"), loud(dropout)
+@pytest.mark.parametrize("rows", [3, 64])
+def test_evaluation_is_the_whole_split_in_order(tiny, rows):
+    split, model = Dataset("tiny").split("val"), loud()
     figures = evaluate(model.train(), split, CPU, rows)
     assert model.training
     windows = direct(model, split.tokens, 16, 16)
@@ -67,7 +67,7 @@ def test_evaluation_is_the_whole_split_in_order(tiny, rows, dropout):
     assert figures["stderr"] == pytest.approx(stderr, rel=condition * LOSS)
 
 
-@pytest.mark.parametrize("stride, context", [(1, 16), (5, 16), (8, 16), (15, 16), (3, 7)])
+@pytest.mark.parametrize("stride, context", [(1, 16), (5, 16), (3, 7)])
 def test_the_strided_figure_is_that_of_a_double_loop(tiny, stride, context):
     split, model = Dataset("tiny").split("val"), loud(context=context)
     split.tokens = split.tokens[:100]
@@ -77,14 +77,6 @@ def test_the_strided_figure_is_that_of_a_double_loop(tiny, stride, context):
     assert figures["loss"] == pytest.approx(sum(losses) / 99, rel=LOSS)
     other = evaluate(model, split, CPU, 4)["loss"]
     assert abs(figures["loss"] / other - 1) > 10 * LOSS  # another figure
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_have_a_loss_that_is_not(tiny, value):
-    model = loud()
-    model.final_norm.weight.data[3] = value
-    figures = evaluate(model, Dataset("tiny").split("val"), CPU, 4)
-    assert not math.isfinite(figures["loss"]) and not math.isfinite(figures["stderr"])
 
 
 # --- the command
@@ -98,13 +90,16 @@ def shown(capsys, *words):
 
 @pytest.mark.slow
 def test_eval_only_shows_the_run_s_own_figures_on_any_number_of_ranks(tiny, capsys, script):
-    assert train.main([tiny, "--max_steps", "6"]) == 0
+    # the best checkpoint's, which is not the last one's
+    words = "--learning_rate 3 --lr_schedule constant --eval_interval 2 --max_steps 8".split()
+    assert train.main([tiny, *words]) == 0
+    curve = [line["val_loss"] for line in metrics(evaluations=True)]
+    assert min(curve) < curve[-1]
     out = capsys.readouterr().out
     figures = out[out.index("val         loss") :].splitlines()[:2]
     counts = "over 699 tokens, 350 words, 2,100 bytes; context 16, stride 16, separator none"
     assert counts in figures[1]
-    for words in ["--batch_size", "2"], ["--micro_batch_size", "5"], ["--dropout", "0"]:
-        assert shown(capsys, *words) == figures
+    assert shown(capsys, "--micro_batch_size", "5") == figures
     strided = shown(capsys, "--eval_stride", "4")
     assert strided[:2] == figures and "stride 4" in strided[3] and strided[2] != figures[0]
     assert script("train.py", tiny, "--eval_only", launch=RANKS).stdout.splitlines()[1:] == figures
@@ -127,9 +122,9 @@ def test_eval_only_takes_the_context_that_is_asked_for(tiny, capsys, block):
             shown(capsys, "--max_seq_len", "20")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # auto would be one of them
-def test_eval_only_keeps_to_the_run_s_dtype(tiny, capsys, dtype):
-    assert train.main([tiny, "--max_steps", "6", "--dtype", dtype]) == 0
+def test_eval_only_keeps_to_the_run_s_dtype(tiny, capsys):
+    """float16, which auto never chooses on a CPU."""
+    assert train.main([tiny, "--max_steps", "6", "--dtype", "float16"]) == 0
     out = capsys.readouterr().out
     assert shown(capsys, "--dtype", "auto") == out[out.index("val         loss") :].splitlines()[:2]
 

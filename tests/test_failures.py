@@ -1,35 +1,28 @@
 """What goes wrong with a run, on purpose: damaged data and checkpoints, full disks, kills, numbers
 that are none."""
 
-import copy
 import itertools
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import (
     MODERN,
-    ROOT,
     VOCAB,
     assert_the_same_run,
     before_each_pass,
     forbid,
-    kill_at_random,
     limited,
     make_dataset,
     metrics,
     rows_of,
     same,
     trainer_of,
-    weights,
 )
 
 import train
@@ -45,21 +38,6 @@ def done(tiny):
     return tiny
 
 
-@pytest.fixture
-def stopped(tiny):
-    """tiny, with a run in out/done that was stopped after step 6 and was saved at 3, too."""
-    passes = itertools.count(1)
-
-    def stop(training):
-        if next(passes) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with before_each_pass(stop):
-        words = [tiny, *"--max_steps 9 --save_interval 3 --out_dir out/done".split()]
-        assert train.main(words) == 1
-    return tiny
-
-
 def saved_steps(*paths):
     """The steps of those checkpoints that are there."""
     return [load_checkpoint(path)["step"] for path in paths if os.path.exists(path)]
@@ -68,9 +46,9 @@ def saved_steps(*paths):
 # --- what is not as it was left
 
 
-def spoil_split(change):
+def spoil_split():
     path = Path("data/tiny/train.bin")
-    path.write_bytes(change(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
 
 
 def prepare_anew():
@@ -86,24 +64,16 @@ def damage_both():
 @pytest.mark.parametrize(
     "spoil, named",
     [
-        (lambda: spoil_split(lambda ids: ids[:-2]), "train.bin"),
-        (lambda: spoil_split(lambda ids: ids[:-1] + b"\1"), "train.bin"),
-        (lambda: os.remove("data/tiny/train.bin"), "train.bin"),
-        (lambda: os.remove("data/tiny/meta.json"), "meta.json"),
+        (spoil_split, "train.bin"),
         (lambda: Path("data/tiny/meta.json").write_text("{}"), "meta.json"),
         (prepare_anew, "SHA-256"),
         (damage_both, "prev.pt"),
-        (lambda: shutil.move("out/done", "out/file"), "step 0"),
     ],
 )
-def test_what_was_spoiled_is_one_line(done, capsys, spoil, named):
+def test_what_was_spoiled_is_one_line(done, spoil, named):
     spoil()
-    words = [done, *"--out_dir out/done --resume --max_steps 9".split()]
-    if named == "step 0":  # nothing is there: it begins
-        assert train.main(words) == 0 and named in capsys.readouterr().out
-        return
     with pytest.raises(UserError) as caught:
-        train.main(words)
+        train.main([done, *"--out_dir out/done --resume --max_steps 9".split()])
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -113,22 +83,28 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny):
         train.main([tiny, "--max_steps", "6"])
 
 
-@pytest.mark.parametrize("how", ["truncated", "bits flipped", "gone"])
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(stopped, capsys, how):
-    options = [stopped, *"--max_steps 9 --save_interval 3 --resume".split()]
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny, capsys, damage):
+    options = [tiny, *"--max_steps 9 --save_interval 3 --resume".split()]
+    passes = itertools.count(1)
+
+    def stop(training):
+        if next(passes) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with before_each_pass(stop):
+        assert train.main([*options, "--out_dir", "out/done"]) == 1
     shutil.copytree("out/done", "out/whole")
     path = Path("out/done/last.pt")
     assert train.main([*options, "--out_dir", "out/whole"]) == 0
-    content = bytearray(path.read_bytes())
-    if how == "bits flipped":
-        content[512::1024] = bytes(byte ^ 1 for byte in content[512::1024])
-    path.unlink() if how == "gone" else path.write_bytes(content[:-9] if how[0] == "t" else content)
+    os.truncate(path, path.stat().st_size - 9)
+    if damage == "gone":
+        path.unlink()
     before = load_checkpoint("out/done/prev.pt")["step"]
     assert train.main([*options, "--out_dir", "out/done"]) == 0
     shown = capsys.readouterr()
     assert f"out/done/prev.pt, step {before}" in shown.out
-    if how != "gone":
-        assert Path("out/done/last.pt.damaged").exists()
+    assert Path("out/done/last.pt.damaged").exists() == (damage != "gone")
     assert_the_same_run("out/whole", "out/done", curves=False)
 
 
@@ -162,52 +138,27 @@ def test_save_minutes(tiny, minutes, steps):
     assert saved_steps("out/tiny/last.pt", "out/tiny/prev.pt") == steps
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_the_run_is_the_same(tiny):
-    words = "--epochs 9 --max_steps 100 --eval_interval 40 --save_interval 1".split()
-    assert train.main([tiny, *words, "--out_dir", "out/whole"]) == 0
-    words = [tiny, *words, "--out_dir", "out/cut", "--resume"]
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    amid, worst = kill_at_random(command, "out/cut", random.Random(0), 2)
-    assert worst <= 1
-    assert train.main(words) == 0
-    assert_the_same_run("out/whole", "out/cut")
-
-
 # --- numbers that are none
 
 
-@pytest.mark.parametrize("more", [(), MODERN])
-def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny, capsys, more):
-    options, word = [tiny, *more], 0
-    assert train.main([*options, "--max_steps", "6"]) == 0
-    checkpoint = forbid(word)
-    trainer, still, bad = trainer_of(options, 18), [], []
-    trainer.load_state_dict(checkpoint)
-    for i in range(6, 18):
-        before = copy.deepcopy(trainer.state_dict())
-        trainer.step(i)
-        still += [i + 1] if unchanged(before, trainer.state_dict()) else []
-        bad += [i + 1] if word in rows_of(trainer.batches, i)[:, 1:] else []
-    assert still == bad and 2 <= len(bad) <= 10
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, capsys):
+    assert train.main([tiny, "--max_steps", "6"]) == 0
+    word, batches = 0, trainer_of([tiny], 18).batches
+    forbid(word)
+    bad = [i + 1 for i in range(6, 18) if word in rows_of(batches, i)[:, 1:]]
+    assert 2 <= len(bad) <= 10
     # its validation holds the word too, so that the run ends there, by one line
-    assert train.main([*options, "--max_steps", "18", "--resume"]) == 1
+    assert train.main([tiny, "--max_steps", "18", "--resume"]) == 1
     assert "not finite" in capsys.readouterr().err
     skipped = [line["skipped"] for line in metrics()]
     assert skipped == [sum(b <= i for b in bad) for i in range(1, 19)]
-    assert not torch.isnan(weights("out/tiny/last.pt")["head_bias"]).any()
 
 
-def unchanged(before, after):
-    """Whether two state_dict()s of a Trainer have the same weights and moments."""
-    optimizers = zip(before["optimizers"], after["optimizers"], strict=True)
-    return same(before["model"], after["model"]) and all(
-        same(one["state"][p], two["state"][p]) for one, two in optimizers for p in two["state"]
-    )
-
-
-def test_after_a_few_such_steps_in_a_row_the_run_stops(tiny, capsys):
-    options = [tiny, "--save_interval", "1"]
+@pytest.mark.parametrize("more", [(), MODERN])
+def test_after_a_few_such_steps_in_a_row_the_run_stops_with_its_weights_as_they_were(
+    tiny, capsys, more
+):
+    options = [tiny, "--save_interval", "1", *more]
     assert train.main([*options, "--max_steps", "6"]) == 0
     poisoned = forbid(slice(0, VOCAB // 2))["model"]
     assert train.main([*options, "--max_steps", "20", "--resume"]) == 1

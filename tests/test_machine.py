@@ -1,18 +1,13 @@
 """Where a process runs: its device, its compute dtype, its ranks; the memory that a pass takes."""
 
-import dataclasses
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import CPU, MODERN, RANKS, ROOT, refuse_float64, trainer_of
+from helpers import CPU, MODERN, refuse_float64, trainer_of
 
 from config import Config
 from lab import machine
 from lab.console import UserError
-from lab.machine import Machine, choose_device, choose_dtype, open_machine, ranks_of
+from lab.machine import Machine, choose_device, choose_dtype, ranks_of
 from lab.trainer import micro_batch_size
 from model import LanguageModel
 
@@ -33,18 +28,11 @@ def test_ranks_are_torchrun_s_and_stray_variables_mean_nothing():
     assert ranks_of(stray | dict(TORCHELASTIC_RUN_ID="a")) == one_of(3, 4, 2, 1)
 
 
-@pytest.mark.parametrize(
-    "ranks, settings, named",
-    [
-        (ALONE, dict(device="cuda"), "cuda"),
-        (ALONE, dict(device="mps"), "mps"),
-        (ALONE, dict(device="cpu", cuda_graph=True), "cuda_graph"),
-        (one_of(0, 2, 2, 0), dict(device="cpu", batch_size=1), "batch_size 1"),
-    ],
-)
-def test_a_device_that_cannot_be_had_is_named(ranks, settings, named):
-    with pytest.raises(UserError, match=named):
-        choose_device(Config(**settings), ranks)
+def test_what_cannot_be_had_is_named():
+    with pytest.raises(UserError, match="mps"):
+        choose_device(Config(device="mps"), ALONE)
+    with pytest.raises(UserError, match="batch_size 1"):
+        choose_device(Config(device="cpu", batch_size=1), one_of(0, 2, 2, 0))
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
@@ -57,36 +45,18 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
             choose_device(Config(device=device), ranks)
 
 
-def test_a_rank_that_never_begins_is_one_line_in_time(tiny):
-    late = f"[ $RANK = 1 ] && exec sleep 600; exec {sys.executable} {ROOT}/train.py"
-    command = [sys.executable, *RANKS, "--no-python", "bash", "-c"]
-    command += [f"{late} {tiny} --rank_timeout 0.05"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr
-    assert "--rank_timeout" in done.stderr and not os.path.exists("out")
-
-
 # --- the compute dtype
 
 
-@pytest.mark.parametrize(
-    "float32, bfloat16, chosen", [(10, 8, "bfloat16"), (10, 9.5, "float32"), (10, 12, "float32")]
-)
-def test_the_faster_dtype_is_chosen_and_a_near_tie_is_float32(
-    monkeypatch, float32, bfloat16, chosen
-):
-    times = {torch.float32: float32, torch.bfloat16: bfloat16}
+@pytest.mark.parametrize("bfloat16, chosen", [(8, "bfloat16"), (9.5, "float32")])
+def test_the_faster_dtype_is_chosen_and_a_near_tie_is_float32(monkeypatch, bfloat16, chosen):
+    times = {torch.float32: 10, torch.bfloat16: bfloat16}
     monkeypatch.setattr(machine, "has_bfloat16", lambda: True)
     monkeypatch.setattr(machine, "matmul_ms", lambda dtype, _: times[dtype])
     dtype, why = choose_dtype(Config(dtype="auto"), CPU)
     assert dtype == getattr(torch, chosen) and f"bfloat16 {bfloat16:.1f} ms" in why
-    assert choose_dtype(Config(dtype="float16"), CPU) == (torch.float16, "")
     monkeypatch.setattr(machine, "has_bfloat16", lambda: False)
     assert choose_dtype(Config(dtype="auto"), CPU) == (torch.float32, "")
-
-
-def test_a_matmul_is_measured_at_any_width():
-    assert machine.matmul_ms(torch.float32, 1) > 0 and machine.matmul_ms(torch.bfloat16, 10**9) > 0
 
 
 @pytest.mark.parametrize("more", [(), MODERN])
@@ -100,31 +70,14 @@ def test_training_and_evaluating_take_no_float64(tiny, more):
         trainer.model.token_losses(tokens, tokens)
 
 
-# --- what a machine lacks
+# --- memory
 
 
-def test_a_compile_cache_that_cannot_be_written_is_left_out(in_tmp, monkeypatch, capsys):
-    (in_tmp / "file").touch()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(in_tmp / "file" / "cache"))
-    with open_machine(Config(device="cpu")):
-        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-    assert str(in_tmp / "file" / "cache") in capsys.readouterr().err
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(in_tmp / "cache"))
-    with open_machine(Config(device="cpu")):
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(in_tmp / "cache")
-
-
-@pytest.mark.parametrize(
-    "batch_size, context, rows", [(8, 512, 2), (3, 512, 2), (5, 256, 3), (8, 2048, 1)]
-)
-def test_a_forward_pass_on_a_cpu_takes_1024_tokens_at_most_in_equal_parts(
-    batch_size, context, rows
-):
+@pytest.mark.parametrize("batch_size, context, rows", [(5, 256, 3), (8, 2048, 1)])
+def test_a_forward_pass_on_a_cpu_takes_1024_tokens_at_most(batch_size, context, rows):
     config = Config(batch_size=batch_size, max_seq_len=context)
     model = LanguageModel(100, context, 16, 2, 64, 2)
     assert micro_batch_size(config, model, CPU) == rows
-    elsewhere = dataclasses.replace(CPU, device=torch.device("mps"))
-    assert micro_batch_size(config, model, elsewhere) == batch_size
 
 
 def test_ranks_whose_memory_differs_cut_an_evaluation_alike():

@@ -42,7 +42,6 @@ def test_two_ranks_give_the_curve_of_one_process(tiny, script, micro, more):
     options += ["--micro_batch_size", micro, "--out_dir", "out/two"]
     assert "Warning" not in script("train.py", *options, launch=RANKS).stderr
     assert_same_curves("out/one", "out/two", 20, condition=MUON if more else 1)
-    assert len(metrics("out/two")) == 20 and len(metrics("out/two", evaluations=True)) == 2
 
 
 @pytest.mark.slow
@@ -60,22 +59,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, script):
 # --- a rank that is lost
 
 
-@pytest.mark.slow
-@pytest.mark.arithmetic
-@linux
-def test_a_killed_rank_ends_the_run_and_costs_the_steps_since_the_last_checkpoint(tiny, script):
-    options = [tiny, *"--epochs 3 --eval_interval 50 --save_interval 5".split()]
-    command = [sys.executable, *RANKS, str(ROOT / "train.py"), *options, "--out_dir", "out/cut"]
-    with started(command, stdout=subprocess.PIPE) as child:
-        until(lambda: step_of("out/cut") > 20, child)
-        os.kill(children(child.pid)[1], signal.SIGKILL)
-        out, errors = child.communicate(timeout=120)
-    assert child.returncode == 1, out + errors
-    script("train.py", *options, "--out_dir", "out/cut", "--resume", launch=RANKS)
-    script("train.py", *options, "--out_dir", "out/whole", launch=RANKS)
-    assert_same_curves("out/whole", "out/cut", 94)
-
-
 def endless(*options):
     """The command of a run on two ranks that only we end."""
     train = [str(ROOT / "train.py"), "tiny.py", "--epochs", "9999"]
@@ -88,7 +71,8 @@ def test_sigterm_to_torchrun_is_one_checkpoint_of_all_ranks(tiny):
         until(lambda: step_of("out/tiny") > 5, child)
         child.send_signal(signal.SIGTERM)  # as a job scheduler's
         out, _ = child.communicate(timeout=60)
-    assert out.count("stopped at step") == 1 and "--resume" in out
+    assert out.count("stopped at step") == 1
+    assert "--nproc_per_node=2 " in out and "--resume" in out
     assert newest_checkpoint("out/tiny")[0]["step"] == step_of("out/tiny")
 
 
@@ -110,21 +94,3 @@ def test_ranks_started_otherwise_are_refused_by_name(tiny):
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("error: ") == 1 and "rank 1" in done.stderr and "seed 1" in done.stderr
     assert not os.path.exists("out")
-
-
-def test_a_rank_s_own_error_ends_it_at_once(tiny):
-    """Leaving the group would wait for the other ranks, on a GPU for ever."""
-    words = (
-        "import sys, threading, torch.distributed as dist, train; dist.destroy_process_group = "
-        "lambda: threading.Event().wait(); step = train.Trainer.step\n"
-        "def broken(trainer, i):\n"
-        "    if trainer.machine.rank: raise RuntimeError('CUDA out of memory')\n"
-        "    return step(trainer, i)\n"
-        "train.Trainer.step = broken; train.main(sys.argv[1:])"
-    )
-    command = [sys.executable, *RANKS, "--no-python", sys.executable, "-c", words, tiny]
-    env = os.environ | {"PYTHONPATH": ROOT}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count("RuntimeError: CUDA out of memory") == 1, done.stderr
-    assert done.stderr.count("error: rank 1 of 2") == 1, done.stderr

@@ -1,6 +1,5 @@
 """Whole runs: what they leave, how they end, stop and go on, and what they refuse."""
 
-import dataclasses
 import itertools
 import math
 import os
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    CPU,
     MODERN,
     MUON,
     RANKS,
@@ -29,7 +27,6 @@ from helpers import (
     make_dataset,
     metrics,
     near,
-    rows_of,
     same,
     trainer_of,
     weights,
@@ -37,13 +34,12 @@ from helpers import (
 
 import report
 import train
-from config import Config, load_config
+from config import load_config
 from lab import plan
 from lab.console import UserError
-from lab.data import Batches, Split, batches_of, load_tokenizer
+from lab.data import Split, batches_of, load_tokenizer
 from lab.folder import Lock, load_checkpoint
 from lab.weights import new_model
-from model import LanguageModel
 
 # Embeddings of 0.02 make a logit's standard deviation 0.02 * 8**0.5, and in a mean over 96 targets
 # a tenth of that: the first loss is within five of those of what the head's bias alone gives.
@@ -63,17 +59,12 @@ def refused(*words):
 
 
 @pytest.mark.arithmetic
-def test_a_head_bias_of_word_frequencies_is_the_unigram_model(tiny):
+def test_a_head_bias_of_word_frequencies_is_their_logarithm(tiny):
     tokens = load_tokens("tiny", "train")
     config = load_config([tiny, "--unigram_bias"])
     bias = new_model(config, VOCAB, tokens).head_bias.detach().numpy()
     shares = (np.bincount(tokens, minlength=VOCAB) + 1) / (len(tokens) + VOCAB)
     np.testing.assert_allclose(bias, np.log(shares), rtol=near(torch.float32, 1))
-    assert train.main([tiny, "--unigram_bias", "--max_steps", "6"]) == 0
-    targets = rows_of(Batches(tokens, 16, 6, 0), 0)[:, 1:]
-    unigram = -bias[targets].mean()  # where such a model begins
-    assert losses()[0] == pytest.approx(unigram, abs=AT_FIRST)
-    assert unigram < math.log(VOCAB) - AT_FIRST
 
 
 # --- whole runs
@@ -81,8 +72,7 @@ def test_a_head_bias_of_word_frequencies_is_the_unigram_model(tiny):
 
 @pytest.mark.arithmetic
 def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
-    options = ["--dropout", "0", "--expected_ppl", "80,150", "--recorded_ppl", "65.71"]
-    assert train.main([tiny, *options]) == 0
+    assert train.main([tiny, "--dropout", "0", "--expected_ppl", "80,150"]) == 0
     shown = capsys.readouterr().out
     lines, evaluations = metrics(), metrics(evaluations=True)
     windows = 3000 // 16
@@ -97,9 +87,7 @@ def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
     assert last["val_loss"] < evaluations[0]["val_loss"] < math.log(VOCAB)
     mean = np.mean(losses()[:epoch])
     assert evaluations[0]["train_loss"] == pytest.approx(mean, rel=near(torch.float64, steps))
-    assert {"epoch", "tokens", "lr", "grad_norm", "tokens_per_s", "elapsed_s"} <= lines[0].keys()
-    for figure in f"{last['val_ppl']:.2f}", "80", "150", "65.71":
-        assert figure in shown
+    assert f"{last['val_ppl']:.2f}" in shown
     assert ("not met" in shown) == (last["val_ppl"] > 150)
     best = load_checkpoint("out/tiny/best.pt")
     assert best["metrics"]["val_loss"] == last["val_loss"] and best["tokenizer"] == "gpt2"
@@ -108,16 +96,14 @@ def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
 
 
 def test_both_optimizers_follow_the_schedule(tiny):
-    trainer, seen = trainer_of([tiny, *MODERN], 12), []
+    trainer, rates = trainer_of([tiny, *MODERN], 12), []
     for i in range(12):
         trainer.step(i)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        seen.append([group["lr"] for group in groups])
-    assert train.main([tiny, "--max_steps", "12", *MODERN]) == 0
-    rates = losses(key="lr")
-    groups = [[lr, lr, 2 * lr] for lr in rates]  # 0.02 where AdamW's is 0.01
-    np.testing.assert_allclose(seen, groups, rtol=near(torch.float64, 2))
-    assert rates[0] == rates[4] > rates[-1] > 0  # warm-up is a tenth of the steps at most
+        rates.append([group["lr"] for group in groups])
+    groups = [[lr, lr, 2 * lr] for lr, *_ in rates]  # 0.02 where AdamW's is 0.01
+    np.testing.assert_allclose(rates, groups, rtol=near(torch.float64, 2))
+    assert rates[0] == rates[4] > rates[-1]  # warm-up is a tenth of the steps at most
 
 
 def test_own_text_is_seen_a_million_times_and_speaks_for_itself(tiny):
@@ -192,12 +178,7 @@ def test_a_finished_run_has_nothing_to_do_until_it_is_extended(tiny, capsys):
         assert train.main(words) == 0
         assert losses(key="step") == list(range(1, steps + 1))
         assert Path("out/tiny/last.pt").exists() and not Path("out/tiny/prev.pt").exists()
-        shown = capsys.readouterr().out
-        # the rate at step 8 of 12, after that at step 7 of 8
-        rates = f"from {losses(key='lr')[7]:.2e} to {losses(key='lr')[-4]:.2e}"
-        assert ("learning rate" in shown) == (rates in shown) == (steps == 12)
-        assert ("seed 0" in shown) == (len(losses(key="val_loss")) == 1 and "step 0" in shown)
-        assert ("of out/tiny/last.pt" in shown) != ("step 0" in shown)
+        assert ("the learning rate goes back up" in capsys.readouterr().out) == (steps == 12)
 
 
 def test_a_run_is_never_overwritten_and_never_continued_as_another(tiny):
@@ -227,8 +208,8 @@ def test_a_run_that_is_alive_is_left_alone(tiny, script):
     assert train.main([tiny, "--max_steps", "9", "--resume"]) == 0
 
 
-@pytest.mark.parametrize("name", ["cost$5_vs_$6", "a|b", "two words", "日本"])
-def test_any_name_is_a_run_s_and_a_data_set_s(tiny, name, capsys):
+def test_any_name_is_a_run_s_and_a_data_set_s(tiny, capsys):
+    name = "cost$5_vs_$6 a|b 日本"
     os.rename("data/tiny", f"data/{name}")
     words = [tiny, "--dataset", name, "--max_steps", "6", "--out_dir", f"out/{name}"]
     assert train.main(words) == 0
@@ -236,8 +217,7 @@ def test_any_name_is_a_run_s_and_a_data_set_s(tiny, name, capsys):
     assert "6 of 6 steps" in text and Path(f"out/{name}/curve.png").exists()
     capsys.readouterr()
     report.main(["--recorded", "no"])
-    shown = capsys.readouterr().out.splitlines()
-    assert len({line.replace("\\|", "").count("|") for line in shown[:3]}) == 1
+    assert "a\\|b" in capsys.readouterr().out  # in a table
 
 
 def test_patience_and_hours_end_a_run_cleanly(tiny):
@@ -249,27 +229,6 @@ def test_patience_and_hours_end_a_run_cleanly(tiny):
     assert len(losses("out/short")) == len(losses("out/short", "val_loss")) == 1
 
 
-def test_the_last_figures_are_the_best_checkpoint_s(tiny, capsys):
-    words = "--learning_rate 3 --lr_schedule constant --eval_interval 2 --max_steps 8".split()
-    assert train.main([tiny, *words]) == 0
-    curve = losses(key="val_loss")
-    assert min(curve) < curve[-1]
-    out = capsys.readouterr().out
-    assert train.main([tiny, "--eval_only"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] in out
-
-
-def test_figures_are_taken_in_the_dtype_and_context_of_the_run(tiny, capsys):
-    assert train.main([tiny, "--dtype", "bfloat16", "--max_steps", "6"]) == 0
-    line = capsys.readouterr().out.splitlines()[-2]
-    Path(tiny).write_text(Path(tiny).read_text().replace('dtype = "float32"\n', ""))
-    for words, same_figures in ((), True), (("--max_seq_len", "8"), False):
-        assert train.main([tiny, "--eval_only", *words]) == 0
-        assert (line in capsys.readouterr().out.splitlines()) == same_figures
-    message = refused(tiny, "--eval_only", "--max_seq_len", "17")
-    assert "17" in message and "--max_seq_len 16" in message
-
-
 def test_figures_of_another_data_set_s_run_are_taken_on_that_data_set(tiny, capsys):
     make_dataset(Path("data"), "mine", val=300)
     words = [tiny, "--max_steps", "2", "--out_dir", "out/mine"]
@@ -279,60 +238,28 @@ def test_figures_of_another_data_set_s_run_are_taken_on_that_data_set(tiny, caps
         assert train.main([*config, "--eval_only", "--out_dir", "out/mine"]) == 0
         assert capsys.readouterr().out.splitlines()[-2:] == of_run
     assert "299 tokens" in of_run[1] and "context 8" in of_run[1]
-    assert train.main([tiny, "--eval_only", "--out_dir", "out/mine", "--dataset", "tiny"]) == 0
-    assert "699 tokens" in capsys.readouterr().out
 
 
 # --- the plan, and memory
 
 
-def test_the_plan_says_how_long_it_takes(tiny, capsys, monkeypatch):
+def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys, monkeypatch):
     monkeypatch.setattr(plan, "seconds_per_token", lambda model, machine: 10.0)
-    for words, says in (
-        ([], "about 17 hours on this machine"),  # 63 steps of 96 tokens
-        (["--max_hours", "3"], "about 17 hours on this machine, and max_hours ends it after 3"),
-        (["--max_steps", "1"], "about 16 min on this machine"),
-    ):
-        assert train.main([tiny, "--dry_run", *words]) == 0
-        assert says + "\n" in capsys.readouterr().out
-    assert plan.how_long(None, None, dataclasses.replace(CPU, device=torch.device("meta")), 1) == ""
-
-
-def test_a_deeper_model_takes_longer():
-    def estimate(num_layers):
-        args = Config(d_ff=256, d_model=64, num_layers=num_layers).model_args(50257)
-        return min(plan.seconds_per_token(LanguageModel(**args), CPU) for _ in range(5))
-
-    with torch.device("meta"):
-        assert 1e-6 < estimate(2) < estimate(200) / 3
-
-
-def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys):
-    assert train.main([tiny, "--dry_run"]) == 0
-    plan = capsys.readouterr().out
+    assert train.main([tiny, "--dry_run", "--max_hours", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "about 17 hours on this machine, and max_hours ends it after 3\n" in shown
     count = VOCAB * 8 + 16 * 8 + VOCAB + 2 * (4 * 72 + 2 * 8 * 16 + 16 + 8 + 4 * 8) + 16
-    ratio, chinchilla = f"{3000 / count:.2f} ", f" {20 * count / 3000:.2f} times "
-    for figure in (
-        f" {count:,} (",
-        " 3,000 ",
-        ratio,
-        chinchilla,
-        "63 of 6 x 16 = 96 ",
-        "5 of warm-up",
-    ):
-        assert figure in plan
+    ratio, steps = f"{3000 / count:.2f} ", "63 of 6 x 16 = 96 "
+    for figure in f" {count:,} (", " 3,000 ", ratio, steps, "5 of warm-up":
+        assert figure in shown
     # some 60 million parameters at 20 bytes each: weights, gradients, AdamW's two averages, and
     # what a step needs
     make_dataset(Path("data"), "gpt2", vocab_size=50257)
     assert train.main([tiny, "--dataset", "gpt2", "--d_model", "1024", "--dry_run"]) == 0
-    assert " 1.2 GB " in capsys.readouterr().out and not os.path.exists("out")
-
-
-def test_the_plan_comes_before_the_model(tiny, capsys):
-    """A model that no memory holds."""
+    assert " 1.2 GB " in capsys.readouterr().out
+    # a model that no memory holds has a plan, too
     large = [tiny, "--d_model", "2000000"]
     assert train.main([*large, "--dry_run"]) == 0
-    assert "GB" in capsys.readouterr().out
     assert "--d_model" in refused(*large) and not os.path.exists("out")
 
 
@@ -353,13 +280,8 @@ def test_mistakes_are_one_line_before_the_first_step(tiny, script):
 @pytest.mark.arithmetic
 def test_half_precision_trains_too(tiny):
     # float16 with a scaler, whose state is part of the checkpoint
-    for dtype, more in (
-        ("float32", ()),
-        ("bfloat16", ()),
-        ("float16", ()),
-        ("float32", MODERN),
-        ("float16", MODERN),
-    ):
+    runs = ("float32", ()), ("bfloat16", ()), ("float32", MODERN), ("float16", MODERN)
+    for dtype, more in runs:
         out, plain = (f"out/{name}{len(more)}" for name in (dtype, "float32"))
         words = [tiny, "--dtype", dtype, "--max_steps", "12", "--out_dir", out, *more]
         assert train.main(words) == 0
@@ -386,39 +308,24 @@ def test_compile_without_a_compiler_goes_on(tiny, script):
 @pytest.mark.slow
 @pytest.mark.arithmetic
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-@pytest.mark.parametrize("more", [(), MODERN])
-def test_compiled_blocks_give_the_same_curve(tiny, script, more):
-    """On one process and (one block will do) in micro-batches on two: what GPUs do without being
-    asked."""
-    options = [tiny, "--dropout", "0", "--max_steps", "6", "--num_layers", "1", *more]
-    if more:  # of one shape in all three runs, so that the ranks find most of it compiled
-        options += ["--batch_size", "8", "--micro_batch_size", "2"]
+def test_compiled_blocks_give_the_same_curve(tiny, script):
+    """On one process and in micro-batches on two: what GPUs do without being asked."""
+    options = [tiny, "--dropout", "0", "--max_steps", "6", "--num_layers", "1", *MODERN]
+    # of one shape in all three runs, so that the ranks find most of it compiled
+    options += ["--batch_size", "8", "--micro_batch_size", "2"]
     assert train.main([*options, "--out_dir", "out/plain"]) == 0
     assert train.main([*options, "--out_dir", "out/compiled", "--compile"]) == 0
-    runs = ["out/compiled"]
-    if more:
-        runs.append("out/ranks")
-        script("train.py", *options, "--out_dir", runs[-1], "--compile", launch=RANKS)
-    for out in runs:
-        assert_same_curve(losses("out/plain"), losses(out), TOKENS, condition=MUON if more else 1)
-    shapes = [
-        {name: tensor.shape for name, tensor in weights(f"out/{run}/best.pt").items()}
-        for run in ("plain", "compiled")
-    ]
-    assert shapes[0] == shapes[1]  # no prefix in the names
-
-
-def test_the_command_that_resumes_is_the_shell_s():
-    words = ["exp 5.py", "--sample_prompts", "()", "--resume", "--seed", "1"]
-    begins = train.command_of(words, CPU)
-    assert begins.endswith("train.py 'exp 5.py' --sample_prompts '()' --seed 1")
-    two = train.command_of([], dataclasses.replace(CPU, world=4, local_world=2))
-    assert "torch" in two and "--nproc_per_node=2 " in two and two.endswith("train.py")
+    script("train.py", *options, "--out_dir", "out/ranks", "--compile", launch=RANKS)
+    for out in "out/compiled", "out/ranks":
+        assert_same_curve(losses("out/plain"), losses(out), TOKENS, condition=MUON)
+    # no prefix in the names
+    assert weights("out/plain/best.pt").keys() == weights("out/compiled/best.pt").keys()
 
 
 def test_ctrl_c_in_a_terminal(tiny):
     """The real process and the real signal: a checkpoint, the command that resumes, exit code 1."""
-    command = [sys.executable, str(ROOT / "train.py"), tiny, "--epochs", "100000"]
+    os.rename(tiny, "a tiny.py")
+    command = [sys.executable, str(ROOT / "train.py"), "a tiny.py", "--epochs", "100000"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "best.pt" not in child.stdout.readline():  # it is in the midst of it
         assert child.poll() is None
@@ -426,4 +333,4 @@ def test_ctrl_c_in_a_terminal(tiny):
     out, errors = child.communicate(timeout=60)
     assert child.returncode == 1 and "Traceback" not in errors
     assert f"{shlex.join(command)} --resume" in out and "Ctrl-C" in errors
-    assert load_checkpoint("out/tiny/last.pt")["step"] > 30
+    assert load_checkpoint("out/a tiny/last.pt")["step"] > 30

@@ -37,6 +37,28 @@ def trains(*words, code=0, launch=()):
     return done
 
 
+def kill_at_random(command, folder, chances):
+    """Start a run again and again and kill it up to a quarter of a second after its first step,
+    every other time when the next save has begun. How many kills hit a save, and the worst count
+    of steps that one cost."""
+    amid, worst, reached, part = 0, 0, 0, Path(folder, "last.pt.part")
+    begins = "going on from", "no checkpoint in"
+    for i in range(CHAIN):
+        with started(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE) as child:
+            line = next(line for line in child.stdout if line.startswith(begins))
+            worst = max(worst, reached - int(line.split()[-1].replace(",", "")))
+            helpers.until(lambda: step_of(folder) > reached, child)  # noqa: B023
+            time.sleep(chances.random() / 4)  # no synchronisation: the moment is to be any
+            if i % 2:
+                helpers.until(part.exists, child, pause=0.0005)  # half of a save's time
+            assert child.poll() is None, "the run ended before it could be killed"
+            child.kill()
+            child.wait()
+        amid += part.exists()
+        reached = step_of(folder)
+    return amid, worst
+
+
 def kills(count, chances, deadline):
     """Runs killed again and again, which must end as the undisturbed run: (tried, survived,
     lost, amid saves)."""
@@ -49,7 +71,7 @@ def kills(count, chances, deadline):
         command = [*words, "--out_dir", f"out/cut{i}", "--resume"]
         try:
             moments = random.Random(chances + i)
-            amid, worst = helpers.kill_at_random([*TRAIN, *command], f"out/cut{i}", moments, CHAIN)
+            amid, worst = kill_at_random([*TRAIN, *command], f"out/cut{i}", moments)
             trains(*command)
             assert_the_same_run("out/whole", f"out/cut{i}")
             assert worst <= 1, f"a kill cost {worst} steps"
