@@ -6,7 +6,7 @@ from helpers import ROOT
 
 import bench
 from config import Config, load_config
-from config.__main__ import page
+from docs.settings import page
 from lab.console import UserError
 from lab.optimizer import warmup_of
 
@@ -154,4 +154,4 @@ def test_the_experiments_state_what_the_notebook_states(name):
 
 def test_the_page_of_settings_is_the_dataclass():
     shown = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
-    assert shown == page(), "run: python -m config > docs/settings.md"
+    assert shown == page(), "run: python -m docs.settings > docs/settings.md"
