@@ -7,7 +7,6 @@ Takes train.py's own steps, on random tokens, so that no data set is needed.
 """
 
 import functools
-import resource
 import statistics
 import sys
 import time
@@ -113,6 +112,8 @@ def peak_bytes(device):
     """The most memory that this process has held: reserved on CUDA, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    import resource  # not at the top: Windows has none, and console.run() says so
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
