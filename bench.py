@@ -7,7 +7,6 @@ Takes train.py's own steps, on random tokens, so that no data set is needed.
 """
 
 import functools
-import resource
 import statistics
 import sys
 import time
@@ -57,12 +56,11 @@ def bench(config, machine, trainer):
     first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
     memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
     peaks = [matmul_peak(machine)]
-    bar = progress(config.steps, "timing", unit="step", leave=False, disable=machine.rank > 0)
-    times = []
-    for i in range(config.steps):
-        times.append(seconds(machine, trainer.step, WARM_UP + i))
-        bar.update()
-    bar.close()
+    times, hidden = [], machine.rank > 0
+    with progress(config.steps, "timing", unit="step", leave=False, disable=hidden) as bar:
+        for i in range(config.steps):
+            times.append(seconds(machine, trainer.step, WARM_UP + i))
+            bar.update()
     peaks.append(matmul_peak(machine))
 
     # what came of it
@@ -83,8 +81,6 @@ def bench(config, machine, trainer):
         f"MFU          {flops * median / peak:.3f} = {flops:,} FLOPs per token x tokens/s / "
         "matmul peak"
     )
-    if machine.device.type == "cuda":
-        tell_device(machine, "step", trainer.step, WARM_UP + config.steps)
 
 
 def seconds(machine, function, *args):
@@ -116,30 +112,10 @@ def peak_bytes(device):
     """The most memory that this process has held: reserved on CUDA, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    import resource  # not at the top: Windows has none, and console.run() says so
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def tell_device(machine, name, step, start):
-    """Print what a CUDA device does with a step: waited for one by one and together, how many
-    kernels, and how much of the time it is busy."""
-    alone = statistics.median(seconds(machine, step, start + i) for i in range(20))
-
-    def many(first):
-        for i in range(first, first + 20):
-            step(i)
-
-    together = min(seconds(machine, many, start + 20 * turn) for turn in (1, 2, 3)) / 20
-    with torch.profiler.profile() as profiler:
-        seconds(machine, step, start)
-    cuda = torch.autograd.DeviceType.CUDA
-    kernels = [event for event in profiler.events() if event.device_type == cuda]
-    launches = [event for event in profiler.events() if "Launch" in event.name]
-    busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-    machine.say(
-        f"{name:11}  {1000 * alone:.2f} ms waited for, {1000 * together:.2f} ms together; "
-        f"{len(kernels)} kernels in {len(launches)} launches, busy for {busy / together:.2f} of it"
-    )
 
 
 if __name__ == "__main__":

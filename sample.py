@@ -51,12 +51,12 @@ class Options:
 
     def problems(self):
         """What options say against each other or the machine, as phrases."""
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        there = dict(auto=True, cpu=True, cuda=cuda, mps=mps)
+        there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+        missing = not there.get(self.device, True)
         rules = (
             (not 0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (self.prompts and self.interactive, "prompts cannot be combined with interactive"),
-            (not there[self.device], f"this torch finds no {self.device} device; use cpu"),
+            (missing, f"this torch finds no {self.device} device; use cpu"),
         )
         return [phrase for wrong, phrase in rules if wrong]
 
@@ -68,13 +68,11 @@ def find_checkpoint(out_dir=None):
     under out/ whose checkpoints are the newest. Raises UserError.
     """
     top = Path(out_dir or "out")
-    is_sweep = bool(out_dir) and (top / "sweep.json").exists()
-    inside = "**/" if is_sweep or not out_dir else ""
-    paths = [path for name in ("best.pt", "last.pt") for path in top.glob(inside + name)]
+    paths = [path for name in ("best.pt", "last.pt") for path in top.glob(f"**/{name}")]
     if not paths:
         fix = command("train.py", ROOT / "config/demo.py")
         raise UserError(f"no checkpoint in {top}; train a model first: `{fix}`")
-    if is_sweep:
+    if out_dir:
         return min(paths, key=bits_per_byte)
     newest = max(paths, key=lambda path: path.stat().st_mtime_ns).parent
     return next(path for path in paths if path.parent == newest)

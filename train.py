@@ -21,12 +21,13 @@ from lab.data import Dataset, batches_of
 from lab.evaluate import evaluate, figures_text
 from lab.folder import Folder, Lock, load_checkpoint
 from lab.generate import continue_texts
+from lab.gpt2 import open_weights
 from lab.machine import open_machine
 from lab.notebook import invite, perplexity, verdicts, write_entry
 from lab.plan import describe, plan_text
 from lab.state import State
 from lab.trainer import Trainer, micro_batch_size
-from lab.weights import build_model, open_for, settle, settle_dtype, with_context
+from lab.weights import build_model, check_vocabulary, settle, settle_dtype, with_context
 from model import LanguageModel
 
 SAMPLE_TOKENS = 60  # of each prompt's continuation, for the notebook
@@ -94,15 +95,10 @@ def train(config, machine, folder, stop, this_command):
         trainer.load_state_dict(checkpoint)
         was, now = checkpoint["optimizers"][0]["param_groups"][0]["lr"], trainer.lr(state.step)
         if finished and now > was:
-            machine.say(
-                f"the learning rate goes back up, from {was:.2e} to {now:.2e}, since its schedule "
-                f"is now {total_steps:,} steps long; where it is not to, begin another run with "
-                "all its steps, or with --lr_schedule constant"
-            )
+            machine.say(f"the learning rate goes back up, from {was:.2e} to {now:.2e}")
     del checkpoint, weights  # or their copies of the weights would stay
-    metadata |= dict(command=this_command)
-    machine.from_rank_0(lambda: folder.begin(state, metadata))
-    folder.write("conclusion.md", lambda: invite(folder.path))
+    machine.from_rank_0(lambda: folder.begin(state, metadata | {"command": this_command}))
+    folder.write("conclusion.md", invite, folder.path)
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
 
 
@@ -124,7 +120,6 @@ class Run:
         self.config, self.folder, self.stop = config, folder, stop
         self.dataset, self.trainer, self.state = dataset, trainer, state
         self.machine = trainer.machine
-        self.best_figures = None  # on validation, where the best evaluation was this process's
         hidden = self.machine.rank > 0
         self.bar = progress(
             state.total_steps, "training", initial=state.step, unit="step", disable=hidden
@@ -149,7 +144,7 @@ class Run:
             step, last = state.step, folder.last_is()
             say(f"stopped at step {step:,}, {last}; resume with: {resume_command}")
             return 1
-        folder.write("notebook.md", lambda: write_entry(folder.path))
+        folder.write("notebook.md", write_entry, folder.path)
         return 0
 
     def loop(self):
@@ -187,7 +182,8 @@ class Run:
                 busy, steps = 0.0, 0
 
             # the ranks agree on a signal and on the time
-            stopping, state.elapsed_s = machine.largest(bool(self.stop), state.clock())
+            stopping, clocks = machine.reduce(bool(self.stop), state.clock())
+            state.elapsed_s = clocks / machine.world
 
             # once in a while, and at a signal: a checkpoint
             save_is_due = state.save_is_due()
@@ -237,8 +233,6 @@ class Run:
         checkpoint = self.contents() | {"metrics": figures}
         best = state.is_best(whole["loss"]) and folder.save_best(checkpoint)
         train_loss = state.evaluated(figures, best)
-        if best:
-            self.best_figures = whole
         samples = self.samples() if best else {}
         folder.log(state, train_loss=train_loss, **figures, best=best, **samples)
 
@@ -249,7 +243,7 @@ class Run:
             f"val loss {figures['val_loss']:.4f} | val perplexity {perplexity(figures['val_ppl'])}"
             + (f" | best so far, saved to {folder.best}" if best else "")
         )
-        folder.write("notebook.md", lambda: write_entry(folder.path))
+        folder.write("notebook.md", write_entry, folder.path)
         return whole["loss"]
 
     def samples(self):
@@ -275,8 +269,7 @@ class Run:
         best = self.machine.from_rank_0(lambda: load_checkpoint(self.folder.best))
         self.trainer.model.load_state_dict(best["model"])
         for split in [name for name in self.dataset.counts if name != "train"]:
-            known = self.best_figures if split == "val" else None
-            final[split] = known or self.figures_of(split)
+            final[split] = self.figures_of(split)
             say(figures_text(split, final[split], self.dataset.separator))
         for sentence in verdicts(self.config.plain(), state.best["val_ppl"]):
             say(sentence)
@@ -290,19 +283,18 @@ def eval_only(config, machine):
     path, named = f"{config.out_dir}/best.pt", config.given
     if config.init_from and not os.path.exists(path):
         path, named = config.init_from, config.named
-    if "dataset" not in named:
-        config = config.changed(dataset=open_for(None, path)["config"]["dataset"])
-    dataset = Dataset(config.dataset, config.data_dir)
+    checkpoint = open_weights(path)
+    args, old = checkpoint["model_args"], checkpoint.get("config", {})
+    name = config.dataset if "dataset" in named else old.get("dataset", config.dataset)
+    dataset = Dataset(name, config.data_dir)
     split = dataset.split(config.split)
+    check_vocabulary(checkpoint, dataset, path)
 
     # the weights, with the context that is asked for, in the dtype that they were evaluated in
-    checkpoint = open_for(dataset, path)
-    args = checkpoint["model_args"]
     context = config.max_seq_len if "max_seq_len" in named else args["max_seq_len"]
     model = LanguageModel.from_checkpoint(with_context(checkpoint, context)).to(machine.device)
     config = config.changed(**{name: args[name] for name in ("d_model", "d_ff")})
-    old = checkpoint.get("config", {}).get("dtype")
-    config = settle_dtype(config, machine, old, checkpoint.get("device"))
+    config = settle_dtype(config, machine, old.get("dtype"), checkpoint.get("device"))
 
     if config.eval_stride > context:
         raise UserError(

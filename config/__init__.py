@@ -88,9 +88,7 @@ class Config:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool | None = free(None, "torch.compile the blocks (None: on CUDA only)")
-    cuda_graph: bool | None = free(
-        None, "the step as a CUDA graph (None: on one GPU; True: on all)"
-    )
+    cuda_graph: bool | None = free(None, "step as a CUDA graph (None: on one GPU; True: on all)")
     rank_timeout: float = free(10.0, "minutes that ranks wait for one another", low=0.01)
     seed: int = setting(0, "of the weights, the data order and dropout", low=0, below=2**32)
     resume: bool = free(False, "go on from out_dir's last checkpoint, if there is one")
@@ -138,27 +136,20 @@ class Config:
 
     def problems(self):
         """What settings say against each other, as phrases."""
-        c = self
+        c, width, heads, lr = self, self.d_model, self.num_heads, self.learning_rate
         shaped = not c.init_from  # or else other weights give the shape
         rules = [
+            (shaped and width % heads, f"num_heads {heads} does not divide d_model {width}"),
             (
-                shaped and c.d_model % c.num_heads,
-                f"num_heads {c.num_heads} does not divide d_model {c.d_model}",
-            ),
-            (
-                shaped and c.block == "modern" and c.d_model % (2 * c.num_heads),
-                f"block modern needs heads of an even size, not {c.d_model} / {c.num_heads}",
+                shaped and c.block == "modern" and width % (2 * heads),
+                f"block modern needs heads of an even size, not {width} / {heads}",
             ),
             (
                 c.unigram_bias and (c.init_from or not c.head_bias),
-                "unigram_bias cannot be combined with init_from or head_bias False; use "
-                "--unigram_bias False",
+                "init_from and head_bias False need --unigram_bias False",
             ),
-            (c.learning_rate == 0, "learning_rate must be above 0"),
-            (
-                c.min_learning_rate > c.learning_rate,
-                f"min_learning_rate {c.min_learning_rate} is above learning_rate {c.learning_rate}",
-            ),
+            (lr == 0, "learning_rate must be above 0"),
+            (c.min_learning_rate > lr, f"min_learning_rate is above learning_rate {lr}"),
             (
                 [isinstance(x, (int, float)) for x in c.expected_ppl] not in ([], [True, True]),
                 f"expected_ppl is (low, high), not {c.expected_ppl}",
@@ -214,8 +205,8 @@ def load_config(argv=None, script="train.py", cls=Config):
 
 def load_grid(argv, script, cls, lists=()):
     """The Configs of a command line as load_config() takes it, where each setting of `lists` may
-    have several values with commas between them: a Config for each combination, those that differ
-    in the last one next to each other. Raises UserError with the problems of all in one line."""
+    have several values with commas between them: one for each combination, the last varied first.
+    Raises UserError with the problems of all in one line."""
     argv = sys.argv[1:] if argv is None else argv
     more = ",value" if lists else ""
     asked = [word for word in argv if word not in ("--help", "-h")]

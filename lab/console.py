@@ -122,9 +122,7 @@ def stop_signals(quiet=False):
 
     def handle(number, frame):
         seen.append(time.monotonic())
-        # torchrun sends the first Ctrl-C twice
-        at_once = number == signal.SIGINT and seen[-1] - seen[0] > 1
-        if at_once:
+        if number == signal.SIGINT and seen[-1] - seen[0] > 1:  # torchrun sends the first twice
             os._exit(1)
         if not quiet and len(seen) == 1:
             with contextlib.suppress(OSError):  # not print(), amid which the signal may have come

@@ -24,13 +24,11 @@ def spans(predicted, context, stride):
 
 
 def evaluate(model, split, machine, rows, stride=0):
-    """The loss over a whole split, in order, every token but the first predicted once.
+    """The figures of a whole split, in order, every token but the first predicted once: those of
+    figures_of(), and the context and stride that they are over, as a dict.
 
-    split: a Split. rows: windows in a forward pass. stride: how far windows of the model's context
-    move; 0 is their length, without overlap. Returns a dict: loss (nats per token; nan or inf if
-    the model gives that), its standard error `stderr` (over windows, since a window's tokens are
-    not independent), ppl (per token), ppl_word (None but for prose), bits_per_byte, and the tokens,
-    words, bytes, context and stride that they are over.
+    rows: windows in a forward pass. stride: how far windows of the model's context move; 0 is their
+    length, without overlap.
     """
     was_training, context = model.training, model.args["max_seq_len"]
     model.eval()
@@ -59,8 +57,10 @@ def evaluate(model, split, machine, rows, stride=0):
 
 
 def figures_of(nats, n, squares, products, lengths, k, split):
-    """The figures of k windows. nats and n are the sums of their losses and tokens; squares,
-    products and lengths those of nats * nats, nats * n and n * n."""
+    """The figures of k windows: loss (nats per token; nan or inf if the model gives that), its
+    standard error (over windows, whose tokens are not independent), perplexities (per word: of
+    prose alone), bits per byte, and counts. nats and n are the sums of their losses and tokens;
+    squares, products and lengths those of nats * nats, nats * n and n * n."""
     loss = nats / n
     is_prose = split.bytes < 8 * split.words  # a word has 6 in English, 7 in German, 9 in code
     # of windows around the loss times their length; max() keeps a nan that comes first

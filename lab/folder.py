@@ -7,7 +7,6 @@ written: report.py needs none.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -18,7 +17,7 @@ import time
 import zipfile
 from importlib.metadata import version
 
-from lab.console import ROOT, UserError, command, warn
+from lab.console import ROOT, UserError, warn
 
 # --- files that are whole at every moment
 
@@ -86,6 +85,8 @@ class Lock:
     def take(self, path, folder, fix):
         """Take the lock at `path`. Raises UserError, which names `folder`, its owner and `fix`, if
         another process has it; OSError if path is not to be had or its file system has no locks."""
+        import fcntl  # not at the top: Windows has none, and console.run() says so
+
         self.file = open(path, "a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,10 +114,8 @@ TO_RESUME = TO_SAMPLE | {"optimizers", "scaler", "state", "config", "data"}
 
 
 def save_checkpoint(checkpoint, path, kept=None):
-    """Write a checkpoint, a dict, whole. kept: a path that gets what was at `path`, so that two
-    different states are whole at every moment; between the two renames, that of `path` has still
-    another name, which newest_checkpoint() knows. Raises OSError, and then leaves both as they
-    were."""
+    """Write a checkpoint, a dict, as write_whole() does. Between its two renames the new one has a
+    name that newest_checkpoint() knows. Raises OSError."""
     import torch
 
     def write(file):
@@ -141,9 +140,7 @@ def load_checkpoint(path, needed=TO_SAMPLE):
         if is_whole:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        make = command("train.py", ROOT / "config/demo.py")
-        why = error.strerror
-        raise UserError(f"cannot read checkpoint {path}: {why}; `{make}` makes one") from None
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}; name another") from None
     except Exception as error:  # torn or another program's: as many exceptions as ways to be so
         if is_out_of_memory(error):
             raise
@@ -194,8 +191,7 @@ def metadata_of(folder):
 
 class Folder:
     """The folder of one run. Rank 0 writes; on the other ranks the same methods do nothing. What
-    cannot be written, on a full disk for instance, costs one warning and not the run: what was
-    whole stays whole. lock: a Lock, which whoever made it leaves."""
+    cannot be written costs one warning and not the run. lock: a Lock, which its maker leaves."""
 
     def __init__(self, path, machine, lock):
         self.path, self.machine, self.lock = path, machine, lock
@@ -204,11 +200,8 @@ class Folder:
         self.saved = 0, 0  # the step, and the last evaluation's step, that last.pt holds
 
     def open(self, config, hashes, resume_command):
-        """Own the folder, on rank 0, and find what the run goes on from.
-
-        hashes: {split: SHA-256}. Returns (a checkpoint or None, whether the run's last figures are
-        written). Raises UserError.
-        """
+        """Own the folder, on rank 0. Returns (the checkpoint to go on from or None, whether the
+        run's last figures are written). hashes: {split: SHA-256}. Raises UserError."""
         try:
             os.makedirs(self.path, exist_ok=True)
             fix = "wait for it, or choose another --out_dir"
@@ -276,12 +269,12 @@ class Folder:
         except OSError as error:
             raise self.unusable(error) from None
 
-    def write(self, what, function):
-        """Call function() on rank 0; whether it went through, on rank 0 alone (True elsewhere)."""
+    def write(self, what, function, *args):
+        """Call function(*args) on rank 0; whether it went through, on rank 0 alone (else True)."""
         if self.machine.rank > 0:
             return True
         try:
-            function()
+            function(*args)
         except OSError as error:
             why = error.strerror or error
             warn(f"cannot write {what} ({why}); the run goes on, {self.last_is()}")
@@ -309,23 +302,20 @@ class Folder:
     def save(self, state, checkpoint):
         """Write last.pt, unless it holds this very state; what it held becomes prev.pt."""
         now = state.step, state.evaluated_step
-
-        def write():
-            save_checkpoint(checkpoint, self.last, kept=self.prev)
-
-        if now != self.saved and self.write(self.last, write):
+        paths = self.last, self.prev
+        if now != self.saved and self.write(self.last, save_checkpoint, checkpoint, *paths):
             self.saved = now
 
     def save_best(self, checkpoint):
         """Write best.pt; whether it went through, the same on every rank."""
-        written = self.write(self.best, lambda: save_checkpoint(checkpoint, self.best))
+        written = self.write(self.best, save_checkpoint, checkpoint, self.best)
         return not self.machine.reduce(not written)[0]
 
     def finish(self, state, final):
         """Write the last figures, a dict. Returns whether all of the run is on the disk; then it
         needs no prev.pt any more."""
         text = json.dumps(final) + "\n"
-        written = not final or self.write(self.final, lambda: write_text(self.final, text))
+        written = not final or self.write(self.final, write_text, self.final, text)
         whole = written and self.saved == (state.step, state.evaluated_step)
         if whole and self.machine.rank == 0:
             with contextlib.suppress(OSError):

@@ -20,12 +20,8 @@ class SamplingOptions:
 
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """Draw the next ids: logits (B, V) float32, uniform (B,) float32 in [0, 1] -> (B,) int64, all
-    on one device, and without waiting for it.
-
-    temperature 0 takes the likeliest. top_k: only the k likeliest, 0 for all. top_p: only the
-    smallest set of likeliest ids whose probability reaches top_p (nucleus sampling, Holtzman et al.
-    2020). Logits that are not finite give any id.
-    """
+    on one device, and without waiting for it. The rest is as in SamplingOptions; top_p is nucleus
+    sampling (Holtzman et al. 2020). Logits that are not finite give any id."""
     if temperature == 0:
         return logits.argmax(-1)
     ids, k = None, min(top_k or logits.shape[-1], logits.shape[-1])
@@ -51,8 +47,7 @@ class Texts:
 
     @torch.inference_mode()
     def __init__(self, model, B, options, graph=False):
-        """options: a SamplingOptions, or what has its fields. graph: a token's work is one CUDA
-        graph."""
+        """options: what has SamplingOptions' fields. graph: a token's work is one CUDA graph."""
         device = model.head_bias.device
         self.model, self.options = model, options
         self.cache = model.cache(B, fixed=graph)
@@ -65,12 +60,10 @@ class Texts:
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens):
         """Continue prompts (B lists of ids, of any lengths). Yields max_new_tokens times (ids,
-        logprobs), two lists of B: the next id of each row and the log-probability, nats, that the
-        model by itself gives it.
+        logprobs), two lists of B: each row's next id and its log-probability, nats, by the model.
 
-        Row i draws with seed + i, and so does not depend on the rows beside it. A row that has
-        filled the context goes on from its last max_seq_len // 2 tokens, as if they were the
-        prompt: learned positions cannot slide by one without computing everything anew.
+        Row i draws with seed + i, whatever stands beside it. A row that has filled the context goes
+        on from its last half, as if that were the prompt: learned positions cannot slide by one.
         """
         context = self.model.args["max_seq_len"]
         half = max(1, context // 2)

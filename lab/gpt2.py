@@ -30,14 +30,6 @@ SAME = {
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }  # fmt: skip
-# what transformers takes where config.json names no size
-DEFAULTS = {
-    "vocab_size": VOCAB_SIZE,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_head": 12,
-    "n_layer": 12,
-}
 # our names: theirs, of sizes and of tensors
 SIZES = {
     "vocab_size": "vocab_size", "max_seq_len": "n_positions", "d_model": "n_embd",
@@ -123,7 +115,7 @@ def read_folder(folder):
 
 def model_args(config):
     """LanguageModel's arguments for their config.json, a dict. Raises ValueError."""
-    config = DEFAULTS | SAME | config
+    config = SAME | config
     wrong = [f"{name} {config[name]}" for name in SAME if config[name] != SAME[name]]
     if wrong:
         raise ValueError(f"config.json has {', '.join(wrong)}")

@@ -70,17 +70,13 @@ class Machine:
 
     # --- among the ranks
 
-    def reduce(self, *values, op=dist.ReduceOp.SUM):
-        """Each value's sum (or op) over all ranks, a list of floats."""
+    def reduce(self, *values):
+        """Each value's sum over all ranks, a list of floats."""
         if self.world == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU: no device has to wait
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor)
         return tensor.tolist()
-
-    def largest(self, *values):
-        """Each value's largest over all ranks, a list of floats."""
-        return self.reduce(*values, op=dist.ReduceOp.MAX)
 
     def gather(self, value):
         """The value of every rank, a list."""
@@ -97,8 +93,8 @@ class Machine:
             if keys:
                 differ = "; ".join(f"{k} {theirs[k]!r} there, {first[k]!r} here" for k in keys)
                 raise UserError(
-                    f"rank {rank} has other settings than rank 0: {differ}; start all ranks with "
-                    "one command, on one data set"
+                    f"rank {rank} has other settings than rank 0: {differ}; start all with one "
+                    "command, on one data set"
                 )
 
     def from_rank_0(self, function):

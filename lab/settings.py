@@ -18,9 +18,8 @@ WORDS = {
 def setting(default, help, low=None, below=None, choices=None, path=False, free=False, group=""):
     """A dataclass field with its reason and unit, and the values that it allows.
 
-    low, below: low <= value < below. choices: one of them. path: a leading ~ stands for the user's
-    home. free: a resumed run may have another value, since the experiment stays what it is. group:
-    the heading that --help prints before this field.
+    low, below: low <= value < below. path: a leading ~ stands for the user's home. free: a resumed
+    run may have another value. group: the heading that --help prints before this field.
     """
     rules = dict(help=help, low=low, below=below, choices=choices, path=path, free=free)
     return dataclasses.field(default=default, metadata=rules | {"group": group})

@@ -15,11 +15,8 @@ SHAPE = "max_seq_len", "d_model", "num_heads", "d_ff", "num_layers", "block", "h
 
 def settle(config, machine, dataset=None):
     """(the Config with the shape and the compute dtype that a run will have, the weights of
-    init_from as a state_dict on the CPU or None). Nothing changes a Config after this.
-
-    A run that goes on keeps its shape and, on the same kind of device, its compute dtype. dataset:
-    whose tokens the weights must read. Raises UserError.
-    """
+    init_from as a state_dict on the CPU or None). A run that goes on keeps its shape. dataset:
+    whose tokens the weights must read. Raises UserError."""
     metadata = machine.from_rank_0(lambda: metadata_of(config.out_dir)) if config.resume else {}
     old, weights = metadata.get("config", {}), None
     if config.init_from and old:
@@ -27,7 +24,9 @@ def settle(config, machine, dataset=None):
         kept = {name: old[name] for name in SHAPE if name in old and name not in config.named}
         config = config.changed(**kept)
     elif config.init_from:
-        checkpoint = open_for(dataset, config.init_from)
+        checkpoint = open_weights(config.init_from)
+        if dataset:
+            check_vocabulary(checkpoint, dataset, config.init_from)
         config = with_shape_of(config, checkpoint)
         checkpoint = with_context(checkpoint, config.max_seq_len)
         weights = LanguageModel.from_checkpoint(checkpoint).state_dict()
@@ -48,27 +47,22 @@ def settle_dtype(config, machine, old_dtype=None, old_device=None):
     return config.changed(dtype=name)
 
 
-def open_for(dataset, where):
-    """The checkpoint of open_weights(where). Raises UserError if it reads other ids than the data
-    set's; dataset None: any."""
-    checkpoint = open_weights(where)
+def check_vocabulary(checkpoint, dataset, where):
+    """Raise UserError if the checkpoint at `where` reads other ids than the data set's."""
     theirs = checkpoint.get("tokenizer"), checkpoint["model_args"]["vocab_size"]
-    if dataset and theirs != (dataset.tokenizer, dataset.vocab_size):
+    if theirs != (dataset.tokenizer, dataset.vocab_size):
         raise UserError(
             f"{where} reads {theirs[1]:,} ids of tokenizer {theirs[0]}, and {dataset.name} has "
             f"{dataset.vocab_size:,} of {dataset.tokenizer}; choose another --dataset"
         )
-    return checkpoint
 
 
 def with_shape_of(config, checkpoint):
-    """The Config with a checkpoint's shape. Raises UserError where the user has named another."""
+    """The Config with a checkpoint's shape. Raises UserError where the user has named another; for
+    another context see with_context()."""
     theirs = {k: v for k, v in checkpoint["model_args"].items() if k in SHAPE}
-    differ = {k: v for k, v in theirs.items() if k in config.named and getattr(config, k) != v}
-    # rotary positions have no end, and learned ones can be cut
-    is_rotary = "position_embedding.weight" not in checkpoint["model"]
-    if is_rotary or config.max_seq_len <= theirs["max_seq_len"]:
-        differ.pop("max_seq_len", None)
+    named = [k for k in theirs if k in config.named and k != "max_seq_len"]
+    differ = {k: theirs[k] for k in named if theirs[k] != getattr(config, k)}
     if differ:
         phrase = ", ".join(f"{k} {v}, not {getattr(config, k)}" for k, v in differ.items())
         words = " ".join(f"--{k} {v}" for k, v in differ.items())

@@ -5,7 +5,7 @@ import pytest
 from helpers import ROOT
 
 from config import Config, load_config
-from config.__main__ import page
+from docs.settings import page
 from lab.console import UserError
 from lab.optimizer import warmup_of
 
@@ -96,4 +96,4 @@ def test_help_shows_every_setting_with_its_reason_and_a_config_s_values(capsys):
 
 def test_the_page_of_settings_is_the_dataclass():
     shown = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
-    assert shown == page(), "run: python -m config > docs/settings.md"
+    assert shown == page(), "run: python -m docs.settings > docs/settings.md"

@@ -74,7 +74,7 @@ def compare(config, machine):
             f"{min(speeds):,.0f}, maximum {max(speeds):,.0f}; first step {times[name][0]:.1f} s"
         )
         if machine.device.type == "cuda":
-            bench.tell_device(machine, name, step, bench.WARM_UP + config.steps)
+            tell_device(machine, name, step, bench.WARM_UP + config.steps)
     print(f"peak memory  {bench.peak_bytes(machine.device) / 1e9:.2f} GB of {' and '.join(steps)}")
     if not config.peer_only:
         pairs = zip(times["nanoGPT"], times["ours"], strict=True)
@@ -83,6 +83,28 @@ def compare(config, machine):
             f"ratio        ours is {statistics.median(ratios):.2f} times as fast "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
+
+
+def tell_device(machine, name, step, start):
+    """Print what a CUDA device does with a step: waited for one by one and together, how many
+    kernels, and how much of the time it is busy."""
+    alone = statistics.median(bench.seconds(machine, step, start + i) for i in range(20))
+
+    def many(first):
+        for i in range(first, first + 20):
+            step(i)
+
+    together = min(bench.seconds(machine, many, start + 20 * turn) for turn in (1, 2, 3)) / 20
+    with torch.profiler.profile() as profiler:
+        bench.seconds(machine, step, start)
+    cuda = torch.autograd.DeviceType.CUDA
+    kernels = [event for event in profiler.events() if event.device_type == cuda]
+    launches = [event for event in profiler.events() if "Launch" in event.name]
+    busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
+    machine.say(
+        f"{name:11}  {1000 * alone:.2f} ms waited for, {1000 * together:.2f} ms together; "
+        f"{len(kernels)} kernels in {len(launches)} launches, busy for {busy / together:.2f} of it"
+    )
 
 
 def load_baseline(folder):

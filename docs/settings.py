@@ -1,4 +1,4 @@
-"""docs/settings.md, made from Config: `python -m config > docs/settings.md`."""
+"""docs/settings.md, made from Config: `python -m docs.settings > docs/settings.md`."""
 
 from config import Config
 from lab.settings import fields_of, values_of
@@ -6,9 +6,10 @@ from lab.settings import fields_of, values_of
 HEAD = """\
 # Settings
 
-`python -m config > docs/settings.md` writes this page, and `python train.py --help` prints the same
-list. A config is a Python file of plain assignments, `config/exp5.py` for instance. Its imports,
-functions, classes and names that begin with `_` are no settings. The command line wins over it:
+`python -m docs.settings > docs/settings.md` writes this page, and `python train.py --help` prints
+the same list. A config is a Python file of plain assignments, `config/exp5.py` for instance. Its
+imports, functions, classes and names that begin with `_` are no settings. The command line wins
+over it:
 
     python train.py config/demo.py --dropout 0.2 --max_steps=100 --expected_ppl 35,42 --dry_run
 
