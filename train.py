@@ -95,7 +95,10 @@ def train(config, machine, folder, stop, this_command):
         trainer.load_state_dict(checkpoint)
         was, now = checkpoint["optimizers"][0]["param_groups"][0]["lr"], trainer.lr(state.step)
         if finished and now > was:
-            machine.say(f"the learning rate goes back up, from {was:.2e} to {now:.2e}")
+            machine.say(
+                f"the learning rate goes back up, from {was:.2e} to {now:.2e}; where it is not to, "
+                "begin another run with all its steps, or with --lr_schedule constant"
+            )
     del checkpoint, weights  # or their copies of the weights would stay
     machine.from_rank_0(lambda: folder.begin(state, metadata | {"command": this_command}))
     folder.write("conclusion.md", invite, folder.path)
