@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,10 @@ def test_a_sweep_is_one_entry_of_the_notebook(in_tmp, capsys):
     assert all(part in page for part in ("`sweep it`", "| best |", "## Conclusion\n\nThe middle"))
     assert re.findall(r"^## .*\((.*)\)$", whole, re.MULTILINE) == ["alone", "s"]
     assert "](s/report.png)" in whole and "](s/learning_rate%3D0.02/notebook.md)" in whole
+    shutil.copytree("out/s", "out/t")
+    report.main(["out/s", "out/t", "--notebook"])
+    both = Path("out/notebook-selected.md").read_text()
+    assert re.findall(r"^## .*\((.*)\)$", both, re.MULTILINE) == ["s", "t"]
 
 
 # --- the runs
