@@ -217,6 +217,12 @@ def named_splits(where, files):
                 at_the_top |= depth == 0
                 break
     if "train" not in found and not at_the_top:
+        tops = {name.split("/")[0] for name, path in files.items() if suffix_of(path) in DATA}
+        for top in sorted(tops):
+            for other in ("test", "val", "valid", "validation", "dev"):
+                if top.startswith("train") and (beside := other + top[5:]) in tops:
+                    fix = f"rename them train and {other}, or give --source one of them"
+                    raise UserError(f"{where} holds {top} and {beside}; {fix}")
         return {}
     names = ", ".join(name for part in found.values() for name in [*part][:3])
     if "train" not in found:

@@ -182,6 +182,7 @@ def test_splits_by_the_names_that_people_write(encoding, tmp_path, capsys, train
         ({"train.txt": "t", "test.csv": "a,b"}, "test.csv"),
         ({"train.md": "one two three four", "test.md": "t"}, "val"),
         ({"a.md": "t", "test/a.md": "t"}, "test/a.md"),
+        ({"train_sft/a.txt": "t", "test_sft/a.txt": "t"}, "test_sft"),
         ({"train.txt": "t", "train/a.txt": "t", "val.txt": "v"}, "train/a.txt"),
         ({"train-00000-of-00002.jsonl": jsonl(["t"]), "val.jsonl": jsonl(["v"])}, "train-00000"),
         ({"a.jsonl": jsonl(["t"]), "b.txt": "t"}, "b.txt"),
