@@ -25,8 +25,10 @@ FIGURES = (
     "parameters tokens tokens_per_parameter flops val_loss val_ppl val_ppl_word val_bits_per_byte "
     "hours tokens_per_s"
 ).split()
-# the settings that make an experiment another one
-SETTINGS = [name for name, field in fields_of(Config).items() if not field.metadata["free"]]
+# the settings that make an experiment another one, or another length of it
+LENGTH = "epochs", "max_steps", "max_hours", "patience"
+FIELDS = fields_of(Config).items()
+SETTINGS = [name for name, field in FIELDS if name in LENGTH or not field.metadata["free"]]
 
 
 @dataclass
@@ -159,6 +161,7 @@ def draw(texts):
                 place = dict(xytext=(4, 3), textcoords="offset points")
                 ax.annotate(name, at, fontsize=7, parse_math=False, **place)
         ax.set(xscale="log", xlabel=label, ylabel=f"validation {grid.UNITS[measure]}")
+        ax.tick_params(which="minor", labelbottom=False)  # they would lie on one another
         ax.margins(x=0.4)
     axes[0].set_title("o: runs here, x: recorded; a colour for each text", fontsize=9)
     return picture

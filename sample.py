@@ -70,8 +70,10 @@ def find_checkpoint(out_dir=None):
     top = Path(out_dir or "out")
     paths = [path for name in ("best.pt", "last.pt") for path in top.glob(f"**/{name}")]
     if not paths:
-        fix = command("train.py", ROOT / "config/demo.py")
-        raise UserError(f"no checkpoint in {top}; train a model first: `{fix}`")
+        there = sorted({str(path.parent) for path in Path("out").glob("**/best.pt")})
+        fix = f"train a model first: `{command('train.py', ROOT / 'config/demo.py')}`"
+        fix = f"there are {', '.join(there[:9])}" if there else fix
+        raise UserError(f"no checkpoint in {top}; {fix}")
     if out_dir:
         return min(paths, key=bits_per_byte)
     newest = max(paths, key=lambda path: path.stat().st_mtime_ns).parent

@@ -79,7 +79,11 @@ class Dataset:
         path = self.folder / "meta.json"
         check_ours(self.folder)
         if not path.exists():
-            raise UserError(f"data set {name} is not prepared in {data_dir}/; run `{self.fix}`")
+            there = sorted(meta.parent.name for meta in Path(data_dir).glob("*/meta.json"))
+            known = f" beside {', '.join(there)}" if there else ""
+            raise UserError(
+                f"data set {name} is not prepared in {data_dir}/{known}; run `{self.fix}`"
+            )
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
             self.vocab_size, self.tokenizer = metadata["vocab_size"], metadata["tokenizer"]

@@ -208,9 +208,10 @@ class Folder:
             self.lock.take(f"{self.path}/.lock", self.path, fix)
             taken = any(map(os.path.exists, (self.last, self.prev, self.best, self.metrics)))
             if taken and not config.resume:
+                old = read_json(f"{self.path}/run.json").get("config", {})
+                same = f"resume with: {resume_command}, or " * (not config.differences(old))
                 raise UserError(
-                    f"{self.path} holds a run already; resume with: {resume_command}, or begin "
-                    "another with --out_dir DIR"
+                    f"{self.path} holds a run already; {same}begin another with --out_dir DIR"
                 )
             checkpoint, path = newest_checkpoint(self.path)
             if checkpoint:

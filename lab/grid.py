@@ -12,6 +12,10 @@ from lab.notebook import SavedRun, figure, invite, table, write_page, written
 
 # Student's t, two-sided at 95 %, for 1, 2, ... degrees of freedom; the last stands for all above
 STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57
+SURE = (
+    "± is the standard deviation over seeds, and of a difference the standard error, seed by seed. "
+    "What may be chance is less than 95 % sure by Student's t: more seeds would tell."
+)
 UNITS = dict(val_loss="loss, nats per token", val_bits_per_byte="bits per byte")
 PER_BYTE = (
     "The tokenizers differ, so that losses and perplexities per token do not compare: the order is "
@@ -145,6 +149,8 @@ def text(trials):
     rest = [trial for trial in trials if not trial.best]
     rows += [[*trial.settings.values(), "-", "-", trial.state] for trial in rest]
     parts = [table([*names, measure.replace("_", " "), "to the best", "runs"], rows)]
+    if any(len(figures) > 1 for _, figures in groups):
+        parts.append(SURE)
     if not groups:
         parts.append("No run is finished yet.")
     if not one_text:
