@@ -7,7 +7,8 @@ PYTHON ?= python3
 demo: .venv/installed
 	.venv/bin/python prepare.py demo
 	.venv/bin/python train.py config/demo.py --resume
-	.venv/bin/python sample.py --out_dir out/demo --start "If the object is" --temperature 0.5
+	.venv/bin/python sample.py --out_dir out/demo --start "If the object is" --temperature 0.5 \
+		--repetition_penalty 1.1
 	@echo "Next: . .venv/bin/activate, then python prepare.py mine --source PATH --vocab_size 4096"
 
 test: .venv/installed-dev

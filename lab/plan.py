@@ -61,7 +61,8 @@ def how_long(config, model, machine, tokens):
     seconds = tokens * seconds_per_token(model, machine) / machine.world
     limit = 3600 * config.max_hours
     ends = f", and max_hours ends it after {config.max_hours:g}" if 0 < limit < seconds else ""
-    shown = f"{seconds / 3600:,.0f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} min"
+    shown = f"{seconds / 3600:,.0f} hours" if seconds > 7200 else f"{seconds / 60:.0f} min"
+    shown = shown if seconds > 120 else f"{math.ceil(seconds / 10)}0 s"
     return f"about {shown} on this machine{ends}"
 
 

@@ -178,6 +178,8 @@ def leave(name, when, bits=None):
 
 
 def test_the_run_trained_last_is_found(in_tmp):
+    with pytest.raises(UserError, match="train.py"):
+        find_checkpoint()
     leave("older", 100)
     leave("run", 200)
     assert str(find_checkpoint()) == "out/run/best.pt"
@@ -185,7 +187,7 @@ def test_the_run_trained_last_is_found(in_tmp):
     Path("out/older/last.pt").touch()
     assert str(find_checkpoint()) == "out/older/best.pt"
     assert str(find_checkpoint("out/run")) == "out/run/best.pt"
-    with pytest.raises(UserError, match="out/none.*train.py"):
+    with pytest.raises(UserError, match="out/none.*out/run"):
         find_checkpoint("out/none")
 
 
