@@ -177,7 +177,9 @@ baseline() {
 recipe() {
     local seed share decay stream
     decay='s/weight_decay=config.weight_decay, scale/weight_decay=0.0, scale/'
-    stream='s/x = embedded = self.dropout(x)/x = embedded = self.dropout(x).bfloat16()/'
+    # in autocast's dtype where autocast is on
+    stream='s/x = embedded = self.dropout(x)/x = embedded = self.dropout(x).to('
+    stream+='torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype)/'
     arm exp6-decay exp6 lab/optimizer.py "$decay" "${rate[@]}"
     arm exp6-stream exp6 model.py "$stream" "${rate[@]}"
     for seed in ${seeds//,/ }; do
