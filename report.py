@@ -161,7 +161,8 @@ def draw(texts):
                 place = dict(xytext=(4, 3), textcoords="offset points")
                 ax.annotate(name, at, fontsize=7, parse_math=False, **place)
         ax.set(xscale="log", xlabel=label, ylabel=f"validation {grid.UNITS[measure]}")
-        ax.tick_params(which="minor", labelbottom=False)  # they would lie on one another
+        # or they would lie on one another
+        ax.tick_params("x", which="minor", labelsize=6, labelrotation=45)
         ax.margins(x=0.4)
     axes[0].set_title("o: runs here, x: recorded; a colour for each text", fontsize=9)
     return picture
