@@ -21,7 +21,7 @@ from lab.kernels import (
     rms_norm,
     rotate,
     rotations,
-    softmax_loss,
+    softmax_expression,
 )
 
 
@@ -180,7 +180,7 @@ class LanguageModel(nn.Module):
         without, since a compilation takes longer than it would save them."""
         self.compiled_hidden = torch.compile(self.hidden)
         if self.head_bias.is_cuda:  # on a CPU rows that stay in the cache are faster
-            self.compiled_softmax = torch.compile(softmax_loss)
+            self.compiled_softmax = torch.compile(softmax_expression)
 
     def hidden(self, tokens, positions=None, attend=None):
         """tokens (B, T) int64, T <= max_seq_len -> what the head reads, (B, T, D).
@@ -320,7 +320,7 @@ class Cache:
         holds."""
         longest = self.k.shape[3] if self.fixed else int(at.max()) + 1
         columns = torch.arange(longest, device=at.device)
-        hidden = torch.where(columns <= at[:, None], 0.0, -math.inf)[:, None, None]
+        mask = torch.where(columns <= at[:, None], 0.0, -math.inf)[:, None, None]
         rows, where = torch.arange(len(at), device=at.device), at
         if not self.fixed and int(at.min()) + 1 == longest:
             rows, where = slice(None), longest - 1  # rows of one length need no indices
@@ -330,7 +330,7 @@ class Cache:
             self.v[layer, rows, :, where] = v[:, :, 0]
             keys, values = self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
             # plain matmuls: for one query torch's fused kernels are slower, on a GPU four times
-            scores = torch.add(hidden, q @ keys.mT, alpha=q.shape[-1] ** -0.5)
+            scores = torch.add(mask, q @ keys.mT, alpha=q.shape[-1] ** -0.5)
             return scores.softmax(-1) @ values
 
         return lambda layer: functools.partial(attend, layer)

@@ -237,7 +237,7 @@ def write_data_set(name, options, folder, part):
     if source.skipped:
         print(source.skipped)
     if name not in SEPARATORS and not vocabulary and splits["train"]["bytes"] < 50e6:
-        print("a small text may do better in a vocabulary of its own: --vocab_size 4096 --force")
+        print("a small text may do better in its own vocabulary, with --vocab_size 4096 --force")
 
 
 def move_in(part, folder):

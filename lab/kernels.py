@@ -85,10 +85,10 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
     """The head and its cross-entropy, in chunks of rows, so that the (N, V) logits never exist.
 
     x (N, D); weight (V, D) and bias (V,) float32; targets (N,) int64. Matmuls are in autocast's
-    dtype where autocast is on; bias, softmax and every sum are in float32. compiled_softmax:
-    softmax_loss, compiled. Returns the losses (N,) float32, nats, and the gradients of their sum in
-    x, weight and bias, None without `gradients`. The idea of forming gradients in the forward pass
-    is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
+    dtype where autocast is on; bias, softmax and sums over chunks are in float32. compiled_softmax:
+    softmax_expression, compiled. Returns the losses (N,) float32, nats, and the gradients of their
+    sum in x, weight and bias, None without `gradients`. The idea of forming gradients in the
+    forward pass is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024).
     """
     kind, (N, D), V = x.device.type, x.shape, len(weight)
     is_low = torch.is_autocast_enabled(kind)
@@ -160,17 +160,18 @@ def softmax_in_place(logits, bias, targets, gradients, scratch):
     torch.softmax(p, 1, out=p)
     # the likeliest word's probability is at least 1 / V, so that its log is exact: log-sum-exp is
     # the largest logit less that log
-    sums = top - p.amax(1).log()
+    log_sums = top - p.amax(1).log()
     if gradients:
         # a logit's gradient is its probability, less one at the target
         p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1))
         if scratch is not None:
             logits.copy_(p)
-    return sums
+    return log_sums
 
 
-def softmax_loss(logits, bias, targets, gradients):
-    """softmax_in_place() as one expression, for torch.compile."""
+def softmax_expression(logits, bias, targets, gradients):
+    """softmax_in_place() as one expression, for torch.compile. On CUDA that is one kernel: a sum
+    over rows, or the target's logit, would make it two."""
     p = logits + bias
     top = p.amax(1, keepdim=True)
     p = (p - top).exp()

@@ -203,6 +203,17 @@ def split_of(name):
     return split, (name[: match.end(1)], name[match.end() :], match[2])
 
 
+def check_pairs(where, files):
+    """Raise UserError for train_x beside test_x: what is to be tested on would be trained on."""
+    tops = {name.lower().split("/")[0] for name, path in files.items() if suffix_of(path) in DATA}
+    for top in sorted(top for top in tops if top.startswith("train")):
+        for other in ("test", "val", "valid", "validation", "dev"):
+            beside = other + top.removeprefix("train")
+            if beside in tops:
+                fix = f"rename them train and {other}, or give --source one of them"
+                raise UserError(f"{where} holds {top} and {beside}; {fix}")
+
+
 def named_splits(where, files):
     """{split: {name: Path}} of files that have a split's name or lie in a folder that has one; {}
     where none has. Raises UserError where such names do not make one text."""
@@ -217,12 +228,7 @@ def named_splits(where, files):
                 at_the_top |= depth == 0
                 break
     if "train" not in found and not at_the_top:
-        tops = {name.split("/")[0] for name, path in files.items() if suffix_of(path) in DATA}
-        for top in sorted(tops):
-            for other in ("test", "val", "valid", "validation", "dev"):
-                if top.startswith("train") and (beside := other + top[5:]) in tops:
-                    fix = f"rename them train and {other}, or give --source one of them"
-                    raise UserError(f"{where} holds {top} and {beside}; {fix}")
+        check_pairs(where, files)
         return {}
     names = ", ".join(name for part in found.values() for name in [*part][:3])
     if "train" not in found:

@@ -30,7 +30,7 @@ from lab import kernels
 from lab.data import Batches
 from lab.folder import load_checkpoint
 from lab.generate import SamplingOptions, Texts
-from lab.kernels import HeadLoss, head_loss, softmax_loss
+from lab.kernels import HeadLoss, head_loss, softmax_expression
 from lab.machine import Machine
 from lab.trainer import Trainer
 from lab.weights import new_model
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(
 GPU = Machine(torch.device("cuda"), torch.float32)
 
 
-@pytest.mark.parametrize("fused", [None, softmax_loss, torch.compile(softmax_loss)])
+@pytest.mark.parametrize("fused", [None, softmax_expression, torch.compile(softmax_expression)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fused_loss_is_the_truth_s(dtype, fused, monkeypatch):
     monkeypatch.setattr(kernels, "head_rows", lambda kind, V, N: (2048, 512))

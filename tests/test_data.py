@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from helpers import rows_of
+from helpers import make_dataset, rows_of
 
-from lab.data import Batches
+from lab.console import UserError
+from lab.data import Batches, Dataset
 
 
 @pytest.mark.parametrize("tokens, batch_size", [(16 * 8, 4), (16 * 8 + 5, 3), (16 * 3, 7)])
@@ -37,3 +38,9 @@ def test_a_batch_follows_from_seed_and_step_and_ranks_only_slice_it():
     for row in whole[7]:
         first = row[0] // 131
         assert np.array_equal(row, tokens.take(first + np.arange(17), mode="wrap"))
+
+
+def test_a_name_that_is_not_prepared_is_told_those_that_are(tmp_path):
+    make_dataset(tmp_path, "mine")
+    with pytest.raises(UserError, match="mien is not prepared.*mine.*prepare.py"):
+        Dataset("mien", tmp_path)

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from helpers import assert_near, near
 
 from lab import kernels
-from lab.kernels import HeadLoss, causal_attention, head_loss, rotate, rotations, softmax_loss
+from lab.kernels import HeadLoss, causal_attention, head_loss, rotate, rotations, softmax_expression
 
 pytestmark = pytest.mark.arithmetic
 
 
 @pytest.mark.parametrize("rows, block", [(1, 1), (7, 3), (24, 5), (10, 10)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-# softmax_loss: as one expression, which is compiled on a GPU
-@pytest.mark.parametrize("fused", [None, softmax_loss])
+# softmax_expression: as one expression, which is compiled on a GPU
+@pytest.mark.parametrize("fused", [None, softmax_expression])
 def test_the_fused_loss_is_cross_entropy(rows, block, dtype, fused, monkeypatch):
     monkeypatch.setattr(kernels, "head_rows", lambda kind, V, N: (rows, block))
     torch.manual_seed(0)

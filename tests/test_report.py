@@ -116,12 +116,13 @@ def test_each_validation_text_has_a_table_of_its_own(in_tmp, capsys):
     leave("c", val_loss=1.0, val=dict(sha256="another"))
     changed = read("out/b/run.json").replace('"gpt2", "separator', '"own-1", "separator')
     changed = changed.replace('"learning_rate": 0.0004', '"learning_rate": 0.5')
+    changed = changed.replace('"max_steps": 0', '"max_steps": 20')
     Path("out/b/run.json").write_text(changed)
     report.main(["--recorded", "no"])
     first, second = capsys.readouterr().out.split("### ")[1:]
     runs = [re.findall(r"^\| (\w+) \|", part, re.MULTILINE) for part in (first, second)]
     assert runs == [["run", "b", "a"], ["run", "c"]]
-    assert "| learning_rate |" in first and "| tokenizer |" in first
+    assert all(f"| {name} |" in first for name in ("learning_rate", "tokenizer", "max_steps"))
     assert "| seed |" in second and "learning_rate" not in second
     # two tokenizers: by bits per byte, which is said and drawn
     assert "bits per byte" in first and "bits per byte" not in second

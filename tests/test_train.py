@@ -334,3 +334,15 @@ def test_ctrl_c_in_a_terminal(tiny):
     assert child.returncode == 1 and "Traceback" not in errors
     assert f"{shlex.join(command)} --resume" in out and "Ctrl-C" in errors
     assert load_checkpoint("out/a tiny/last.pt")["step"] > 30
+
+
+def test_a_folder_that_holds_a_run_offers_only_what_works(tiny, capsys):
+    assert train.main([tiny, "--max_steps", "6"]) == 0
+    with pytest.raises(UserError, match="--max_steps 9 --resume.*--out_dir"):
+        train.main([tiny, "--max_steps", "9"])
+    with pytest.raises(UserError, match="--out_dir") as another:
+        train.main([tiny, "--seed", "1"])
+    assert "--resume" not in str(another.value)
+    # shortened, it is still what it is
+    assert train.main([tiny, "--max_steps", "3", "--resume"]) == 0
+    assert "6 steps, more than the 3 asked for" in capsys.readouterr().out
