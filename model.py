@@ -194,6 +194,8 @@ class LanguageModel(nn.Module):
             table = self.rotations
             rotation = (table[:, :T] if positions is None else table[:, positions]).unsqueeze(-2)
             x = rms_norm(x)
+            if torch.is_autocast_enabled(x.device.type):  # half the traffic for the same loss
+                x = x.to(torch.get_autocast_dtype(x.device.type))
         else:
             rotation = None
             positions = torch.arange(T, device=x.device) if positions is None else positions

@@ -68,7 +68,7 @@ class Config:
         "adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon")
     )
     muon_learning_rate: float = setting(0.02, "Muon's; it follows the same schedule", low=0)
-    weight_decay: float = setting(0.1, "of matrices and embeddings, not of biases and norms", low=0)
+    weight_decay: float = setting(0.1, "of matrices; of embeddings, too, without Muon", low=0)
     beta1: float = setting(0.9, "AdamW's", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's; 0.95 is GPT-3's and nanoGPT's", low=0, below=1)
     adam_eps: float = setting(1e-8, "AdamW's; 1e-5 keeps the embeddings of rare words still", low=0)

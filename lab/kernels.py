@@ -76,7 +76,7 @@ def head_rows(device_type, vocab_size, N):
     """(how many of N rows of logits the head forms at a time, how many of those its softmax takes
     at a time). Matmuls want many rows, in equal parts; the softmax, in float32, wants to stay in a
     CPU's cache, and elsewhere to take less memory than the logits."""
-    most = max(1, {"cpu": 1 << 26, "cuda": 1 << 30}.get(device_type, 1 << 27) // vocab_size)
+    most = max(1, {"cpu": 1 << 26, "cuda": 1 << 29}.get(device_type, 1 << 27) // vocab_size)
     rows = math.ceil(N / math.ceil(N / most))
     return rows, min(rows, 32 if device_type == "cpu" else 512)
 

@@ -86,15 +86,17 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(config, model):
     """[AdamW], or [AdamW, Muon] where Muon takes the blocks' matrices. Biases and norm weights do
-    not decay. A group's learning rate is its `scale` times the step's."""
+    not decay, nor do embeddings beside Muon, where the loss is lower without (docs/ablations.md).
+    A group's learning rate is its `scale` times the step's."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     muon = {id(p) for p in matrices} if config.optimizer == "muon" else set()
     rest = [p for p in model.parameters() if id(p) not in muon]
     wide = [p for p in rest if p.dim() >= 2]
     narrow = [p for p in rest if p.dim() < 2]
+    decay = 0.0 if muon else config.weight_decay
     adamw = torch.optim.AdamW(
         [
-            dict(params=wide, weight_decay=config.weight_decay, scale=1.0),
+            dict(params=wide, weight_decay=decay, scale=1.0),
             dict(params=narrow, weight_decay=0.0, scale=1.0),
         ],
         lr=config.learning_rate,

@@ -24,46 +24,33 @@ CONFIGS = {  # config: (label, colour, line)
     "exp5": ("experiment 5", "C3", "--"),
     "exp6": ("experiment 6", "C3", "-"),
 }
-RECORDED = {  # label: (perplexity, where its text stands: 0 is left, 1 is right)
-    "experiment 1 (WikiText-2) after 209 epochs": (464.64, 1),
-    "experiment 2 after 10 epochs": (364.71, 1),
-    "experiment 3 after 10 epochs": (65.71, 0),
-    "experiment 4 after 9 epochs": (46.33, 0),
+RECORDED = {  # label: perplexity
+    "experiment 3 after 10 epochs": 65.71,
+    "experiment 4 after 9 epochs": 46.33,
 }
 SECONDS = 80  # that each of the vocabularies trained
-APART = 0.17  # nats between the texts beside the last dots
 
 
 def draw_run(axes, run):
     """Draw a run's training losses as a line and its evaluations as dots."""
-    _, colour, line = CONFIGS[run.metadata["name"]]
+    label, colour, line = CONFIGS[run.metadata["name"]]
     training = [(x["tokens"], x["train_loss"]) for x in run.training if x["train_loss"]]
     evaluations = [(x["tokens"], x["val_loss"]) for x in run.evaluations]
-    axes.plot(*zip(*training, strict=True), line, color=colour)
-    axes.plot(*zip(*evaluations, strict=True), "o", color=colour)
-
-
-def name_runs(axes, runs):
-    """Beside each run's last dot, its name and perplexity; from below, none on top of another."""
-    height = -math.inf
-    for run in sorted(runs, key=lambda run: run.evaluations[-1]["val_loss"]):
-        label, colour, _ = CONFIGS[run.metadata["name"]]
-        last = run.evaluations[-1]
-        height = max(height + APART, last["val_loss"])
-        text = f"{label}: {last['val_ppl']:,.1f}"
-        place = dict(xytext=(8, 0), textcoords="offset points", va="center")
-        axes.annotate(text, (last["tokens"], height), color=colour, fontsize=9, **place)
+    last = run.evaluations[-1]
+    epochs = f" after {last['epoch']:.0f} epochs" * (last["epoch"] > 1.5)
+    label = f"{label}{epochs}: {last['val_ppl']:,.1f}"
+    axes.plot(*zip(*training, strict=True), line, color=colour, label=label)
+    axes.plot(*zip(*evaluations, strict=True), "o", color=colour, markersize=4)
 
 
 def draw_recorded(axes):
     """Draw the notebook's results as lines."""
     across = axes.get_yaxis_transform()  # x from 0 to 1 over the picture's width, y a loss
-    for label, (perplexity, at) in RECORDED.items():
+    for label, perplexity in RECORDED.items():
         loss = math.log(perplexity)
         axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
         text = f"the notebook's {label}: {perplexity}"
-        style = dict(color="gray", fontsize=8, ha=("left", "right")[at], transform=across)
-        axes.text(0.008 + 0.984 * at, loss + 0.03, text, **style)
+        axes.text(0.008, loss + 0.03, text, color="gray", fontsize=8, transform=across)
 
 
 def draw_runs(folders, path):
@@ -73,17 +60,16 @@ def draw_runs(folders, path):
     runs = [run for run in runs if run.metadata["name"] in CONFIGS]
     picture = Figure(figsize=(8, 4.6), layout="constrained")
     axes = picture.subplots()
-    for run in runs:
+    for run in sorted(runs, key=lambda run: -run.evaluations[-1]["val_loss"]):
         draw_run(axes, run)
-    name_runs(axes, runs)
     draw_recorded(axes)
+    axes.legend(fontsize=9, title="perplexity at the end", title_fontsize=9)
     title = "lines: training; dots: all of WikiText's validation text, with its perplexity"
     axes.set_title(title, fontsize=9)
     about = "training tokens of English Wikipedia articles, not WikiText-103's own training text"
     axes.set(xlabel=about, ylabel="loss, nats per token", xscale="log")
     tokens = [run.evaluations[-1]["tokens"] for run in runs]
-    axes.set_xlim(min(tokens) / 50, max(tokens) * 4)  # beside the last dots stand their texts
-    axes.set_ylim(top=7.7)
+    axes.set_xlim(min(tokens) / 50, max(tokens) * 1.5)
     picture.savefig(path, dpi=110)
 
 

@@ -6,8 +6,7 @@
 #     check     240 s   the tests of `make test-cuda`
 #     speed     360 s   ms per step of each config, beside nanoGPT's; tokens/s of sampling
 #     baseline  420 s   an epoch of experiments 5, 7, 6 and 3, each at its best rate
-#     recipe   1800 s   an epoch of experiment 6 with one line changed, line by line
-#     long     1500 s   the long runs
+#     long     4200 s   the long runs
 #     collect           out/gpu.tar.gz: all that the others left but weights
 #     all               these in turn
 #
@@ -30,11 +29,11 @@ cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
 PEER=${PEER:-nanoGPT}
 export PYTHONUNBUFFERED=1
-parts=(check speed baseline recipe long collect)
-declare -A limits=([check]=240 [speed]=360 [baseline]=420 [recipe]=1800 [long]=1500 [collect]=60)
+parts=(check speed baseline long collect)
+declare -A limits=([check]=240 [speed]=360 [baseline]=420 [long]=4200 [collect]=60)
 
 case ${1:-} in
-    check | speed | baseline | recipe | long | collect) parts=("$1") ;;
+    check | speed | baseline | long | collect) parts=("$1") ;;
     all) ;;
     *)
         echo "usage: docs/experiments/gpu.sh PART [--setting value ...]: ${parts[*]} or all" >&2
@@ -43,10 +42,10 @@ case ${1:-} in
 esac
 shift
 
-steps=40 tokens=500 seeds=0,1,2 jobs=3
+steps=40 tokens=500 jobs=3
 extra=("$@")
 if [[ -n ${TOY:-} ]]; then
-    steps=2 tokens=20 seeds=0,1 jobs=1
+    steps=2 tokens=20 jobs=1
     extra=(--device cpu --dtype float32 --batch_size 4 --max_seq_len 32 --d_model 16 --num_heads 2
         --d_ff 64 --num_layers 2 --max_steps 6 "$@")
 fi
@@ -120,22 +119,6 @@ bits = lambda path: json.loads(path.read_text())["val"]["bits_per_byte"]
 print(min(ends, key=bits).parent.name)' "$@"
 }
 
-arm() { # NAME CONFIG FILE SED [--setting value ...]: an epoch of a program that differs in a line
-    local name=$1 config=$2 file=$3 change=$4 copy=out/arms/$1
-    shift 4
-    mkdir -p "$copy"
-    cp -r ./*.py lab config "$copy"
-    if ! sed -n "${change}p" "$file" | grep -q .; then
-        echo "$name is missing: its change finds no line of $file"
-        missing=1
-        return 1
-    fi
-    sed -i "$change" "$copy/$file"
-    once "recipe/$name" "$PYTHON" "$copy/train.py" "config/$config.py" --dataset wikipedia \
-        --dtype bfloat16 --epochs 1 --log_interval 50 --save_interval 2000 \
-        --sample_prompts "()" --out_dir "out/gpu/recipe/$name" --resume "$@" "${extra[@]}"
-}
-
 # --- what is done
 
 check() {
@@ -162,47 +145,25 @@ speed() {
     done
 }
 
-# What README's table holds: one epoch each, at the best rates over 1,000 steps (2026-11-27).
-rate=(--learning_rate 6e-3)
+# What README's table holds: one epoch each, at the best rates.
 baseline() {
     train exp5-1 exp5 --epochs 1 --dropout 0 --learning_rate 4e-3
-    train exp7-1 exp7 --epochs 1 "${rate[@]}"
-    train exp6-1 exp6 --epochs 1 "${rate[@]}"
-    train exp3-1 exp3 --epochs 1 --dropout 0 "${rate[@]}"
+    train exp7-1 exp7 --epochs 1
+    train exp6-1 exp6 --epochs 1
+    train exp3-1 exp3 --epochs 1 --dropout 0 --learning_rate 4e-3
 }
 
-# Full epochs, since short runs favour fast starters: what won over 1,000 steps, beside exp6-1, then
-# how long the learning rate falls. A change lands where three seeds paired on exp6_small give more
-# than 0.005 nats and more than two standard errors, and an epoch of experiment 6 confirms it.
-recipe() {
-    local seed share decay stream
-    decay='s/weight_decay=config.weight_decay, scale/weight_decay=0.0, scale/'
-    # in autocast's dtype where autocast is on
-    stream='s/x = embedded = self.dropout(x)/x = embedded = self.dropout(x).to('
-    stream+='torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype)/'
-    arm exp6-decay exp6 lab/optimizer.py "$decay" "${rate[@]}"
-    arm exp6-stream exp6 model.py "$stream" "${rate[@]}"
-    for seed in ${seeds//,/ }; do
-        for share in 0.4 0.7 1.0; do
-            arm "fall-$share-$seed" exp6_small lab/optimizer.py "s/0\.4 \* total/$share * total/" \
-                --seed "$seed"
-        done
-    done
-}
-
-# A run must end while this machine is held, since its weights stay behind. On an H100 an epoch of
-# experiment 6 takes 70 s, of exp6_small 40 s, of experiment 4 some 45 s.
+# A run must end while this machine is held, since its weights stay behind. On an H100 experiment 6
+# takes 72 s an epoch, exp6_small 45 s, experiment 4 about 50 s, experiment 2 30 s with its
+# evaluation, experiment 1 1.6 s.
 long() {
-    local winner
-    winner=$(best out/gpu/long/exp6-1 out/gpu/long/exp7-1)
-    winner=${winner%-1}
-    train "$winner-5" "$winner" --epochs 5 "${rate[@]}"
+    train exp6-5 exp6 --epochs 5
     train exp6_small-10 exp6_small --epochs 10
     train exp1-300 exp1 --dataset wikipedia-2 --epochs 300
     train exp2-10 exp2 --epochs 10
     train exp4-9 exp4 --epochs 9
     sweep long/decay exp6_small --weight_decay 0.03,0.1,0.3 --max_steps 0 --epochs 10 --jobs 1 &&
-        train "$winner-15" "$winner" --epochs 15 "${rate[@]}" "--$(best out/gpu/long/decay/*/)"
+        train exp6-15 exp6 --epochs 15 "--$(best out/gpu/long/decay/*/)"
 }
 
 collect() {
