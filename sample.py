@@ -19,7 +19,7 @@ import torch
 
 from lab.console import ROOT, UserError, command, run
 from lab.data import load_tokenizer
-from lab.folder import read_json
+from lab.folder import folders_with, is_out_of_memory, read_json
 from lab.generate import Texts, end_of_text, prompt_ids
 from lab.gpt2 import open_weights, write_folder
 from lab.machine import check_compile_cache
@@ -55,7 +55,12 @@ class Options:
         missing = not there.get(self.device, True)
         rules = (
             (not 0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
-            (self.prompts and self.interactive, "prompts cannot be combined with interactive"),
+            (
+                bool(self.start) + bool(self.prompts) + self.interactive > 1,
+                "start, prompts and interactive cannot be combined with each other",
+            ),
+            (self.out_dir and self.checkpoint, "out_dir cannot be combined with checkpoint"),
+            (self.drop_head_bias and not self.export, "drop_head_bias belongs to --export"),
             (missing, f"this torch finds no {self.device} device; use cpu"),
         )
         return [phrase for wrong, phrase in rules if wrong]
@@ -68,9 +73,10 @@ def find_checkpoint(out_dir=None):
     under out/ whose checkpoints are the newest. Raises UserError.
     """
     top = Path(out_dir or "out")
-    paths = [path for name in ("best.pt", "last.pt") for path in top.glob(f"**/{name}")]
+    names = "best.pt", "last.pt"
+    paths = [Path(folder, name) for name in names for folder in folders_with(name, [top])]
     if not paths:
-        there = sorted({str(path.parent) for path in Path("out").glob("**/best.pt")})
+        there = folders_with("best.pt", ["out"])
         fix = f"train a model first: `{command('train.py', ROOT / 'config/demo.py')}`"
         fix = f"there are {', '.join(there[:9])}" if there else fix
         raise UserError(f"no checkpoint in {top}; {fix}")
@@ -122,7 +128,12 @@ class Sampler:
         # what ends a text and is not printed; None if the model knows no such id
         self.end = end_of_text(checkpoint.get("separator"), self.encoding)
         self.vocab_size = model.args["vocab_size"]
-        self.texts = Texts(model, B, options, graph=model.head_bias.is_cuda)
+        try:
+            self.texts = Texts(model, B, options, graph=model.head_bias.is_cuda)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(f"memory is full with {B:,} texts; use fewer --num_samples") from None
 
     def sample(self, prompts, began):
         """Continue prompts (a list of str) num_samples times each, and print the texts and their
