@@ -19,7 +19,7 @@ import torch
 
 from lab.console import ROOT, UserError, command, run
 from lab.data import load_tokenizer
-from lab.folder import folders_with, is_out_of_memory, read_json
+from lab.folder import fits_memory, folders_with, read_json
 from lab.generate import Texts, end_of_text, prompt_ids
 from lab.gpt2 import open_weights, write_folder
 from lab.machine import check_compile_cache
@@ -128,12 +128,7 @@ class Sampler:
         # what ends a text and is not printed; None if the model knows no such id
         self.end = end_of_text(checkpoint.get("separator"), self.encoding)
         self.vocab_size = model.args["vocab_size"]
-        try:
-            self.texts = Texts(model, B, options, graph=model.head_bias.is_cuda)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(f"memory is full with {B:,} texts; use fewer --num_samples") from None
+        self.texts = Texts(model, B, options, graph=model.head_bias.is_cuda)
 
     def sample(self, prompts, began):
         """Continue prompts (a list of str) num_samples times each, and print the texts and their
@@ -238,15 +233,16 @@ def main(argv=None):
         lay_out_for_one(model)
 
     # the texts
-    sampler = Sampler(model, checkpoint, options, B)
-    if not options.interactive:
-        return sampler.sample(prompts, began)
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:  # Ctrl-D
-            return print(file=sys.stderr)
-        sampler.sample([line.rstrip("\r\n")], time.perf_counter())
+    with fits_memory(f"memory is full with {B:,} texts; use fewer --num_samples"):
+        sampler = Sampler(model, checkpoint, options, B)
+        if not options.interactive:
+            return sampler.sample(prompts, began)
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:  # Ctrl-D
+                return print(file=sys.stderr)
+            sampler.sample([line.rstrip("\r\n")], time.perf_counter())
 
 
 if __name__ == "__main__":
