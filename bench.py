@@ -18,6 +18,7 @@ import torch
 from config import Config, load_config
 from lab.console import progress, run
 from lab.data import Batches, vocabulary_of
+from lab.folder import read_json
 from lab.machine import has_bfloat16, open_machine
 from lab.settings import setting
 from lab.trainer import Trainer
@@ -31,19 +32,23 @@ class Options(Config):
     """A run's settings, and what to time of it."""
 
     steps: int = setting(20, "steps that are timed", low=1)
-    vocab_size: int = setting(0, "of the random tokens (0: as the data set's name says)", low=0)
+    vocab_size: int = setting(0, "of the random tokens (0: as train.py's would be)", low=0)
 
 
 def main(argv=None):
     config = load_config(argv, "bench.py", Options)
     with open_machine(config) as machine:
-        config, _ = settle(config, machine)
-        bench(config, machine, new_trainer(config, machine))
+        config, weights = settle(config, machine)
+        bench(config, machine, new_trainer(config, machine, weights))
 
 
-def new_trainer(config, machine):
-    """A Trainer of a config's model on random tokens."""
-    vocab_size = config.vocab_size or vocabulary_of(config.dataset)[1]
+def new_trainer(config, machine, weights=None):
+    """A Trainer of a config's model on random tokens, of the vocabulary that train.py's would have:
+    that of init_from's weights, else of the data set if it is prepared, else as its name says."""
+    vocab_size = config.vocab_size or (len(weights["head_bias"]) if weights else 0)
+    if not vocab_size:
+        meta = read_json(f"{config.data_dir}/{config.dataset}/meta.json")
+        vocab_size = meta.get("vocab_size") or vocabulary_of(config.dataset)[1]
     tokens = np.random.RandomState(0).randint(vocab_size, size=1 << 20).astype(np.uint16)
     batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
     model = new_model(config, vocab_size).to(machine.device)

@@ -16,7 +16,6 @@ import platform
 import shutil
 import signal
 import time
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -273,7 +272,7 @@ def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more
             fix = "wait for it, or choose another name or --data_dir"
             lock.take(Path(data_dir, f".{named}.lock"), Path(data_dir, named), fix)
             write_data_set(named, options, folder, part)
-        except (OSError, EOFError, zlib.error) as error:
+        except OSError as error:
             why = first_line(error)
             fix = "nothing was kept; put that right and run it again"
             raise UserError(f"cannot prepare {name}: {why}; {fix}") from None

@@ -4,7 +4,6 @@ python report.py [out/NAME ...] [--format md|csv|json] [--notebook]
 """
 
 import csv
-import glob
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from config import Config, load_config
 from lab import grid
 from lab.console import ROOT, UserError, command, run
+from lab.folder import folders_with
 from lab.notebook import SavedRun, draw_losses, figure, show, table, write_entry, write_notebook
 from lab.settings import command_line, fields_of, setting
 
@@ -188,15 +188,6 @@ def draw_curves(texts):
 # --- the command
 
 
-def folders_with(file, tops):
-    """The folders in and below some that hold a file; links are followed, each is taken once."""
-    patterns = [f"{glob.escape(top)}/**/{file}" for top in tops]
-    paths = [path for pattern in patterns for path in glob.glob(pattern, recursive=True)]
-    paths.sort(key=len, reverse=True)  # of several paths to a folder, the shortest
-    found = {os.path.realpath(path): os.path.dirname(path) for path in paths}
-    return sorted(found.values())
-
-
 def write_pages(path, folders, tops, text):
     """Write the entries of runs and sweeps anew, and join them at `path` below a report's text. A
     sweep's entry stands for its runs; that of one which was asked for alone lies at `path`."""
@@ -216,6 +207,15 @@ def main(argv=None):
     # files among the words, our pictures in out/*, hold no run
     tops = [os.path.normpath(word) for word in words or ["out"]]
     folders = folders_with("run.json", tops)
+    try:
+        show_runs(options, tops, folders)
+    except OSError as error:
+        raise UserError(f"cannot make the report: {error}; put that right") from None
+
+
+def show_runs(options, tops, folders):
+    """Print the table of the runs in some folders, and lay its files beside them. tops: the folders
+    that were asked for. Raises UserError, and OSError."""
     is_sweep = len(tops) == 1 and grid.is_sweep(tops[0])
     runs = [run for run in map(SavedRun, folders) if run.is_ours and run.evaluations]
     texts = texts_of(runs, options.recorded)
@@ -238,16 +238,13 @@ def main(argv=None):
     home, end = (tops[0], "") if of_all else (os.path.normpath(f"{tops[0]}/.."), "-selected")
     pictures = {f"report{end}.png": draw, f"report{end}-curves.png": draw_curves} if texts else {}
     pages = [f"notebook{end}.md"] if options.notebook or is_sweep else []
-    try:
-        for name, drawn in pictures.items():
-            drawn(texts).savefig(f"{home}/{name}")
-            text += f"\n\n![all runs]({name})"
-        if options.notebook:
-            write_pages(f"{home}/{pages[0]}", folders, tops, text)
-        elif is_sweep:
-            grid.write_entry(home)
-    except OSError as error:
-        raise UserError(f"cannot write the report: {error}; make room there") from None
+    for name, drawn in pictures.items():
+        drawn(texts).savefig(f"{home}/{name}")
+        text += f"\n\n![all runs]({name})"
+    if options.notebook:
+        write_pages(f"{home}/{pages[0]}", folders, tops, text)
+    elif is_sweep:
+        grid.write_entry(home)
     print(f"written in {home}: {', '.join([*pictures, *pages])}", file=sys.stderr)
 
 

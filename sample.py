@@ -19,7 +19,7 @@ import torch
 
 from lab.console import ROOT, UserError, command, run
 from lab.data import load_tokenizer
-from lab.folder import read_json
+from lab.folder import fits_memory, folders_with, read_json
 from lab.generate import Texts, end_of_text, prompt_ids
 from lab.gpt2 import open_weights, write_folder
 from lab.machine import check_compile_cache
@@ -55,7 +55,12 @@ class Options:
         missing = not there.get(self.device, True)
         rules = (
             (not 0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
-            (self.prompts and self.interactive, "prompts cannot be combined with interactive"),
+            (
+                bool(self.start) + bool(self.prompts) + self.interactive > 1,
+                "start, prompts and interactive cannot be combined with each other",
+            ),
+            (self.out_dir and self.checkpoint, "out_dir cannot be combined with checkpoint"),
+            (self.drop_head_bias and not self.export, "drop_head_bias belongs to --export"),
             (missing, f"this torch finds no {self.device} device; use cpu"),
         )
         return [phrase for wrong, phrase in rules if wrong]
@@ -68,9 +73,10 @@ def find_checkpoint(out_dir=None):
     under out/ whose checkpoints are the newest. Raises UserError.
     """
     top = Path(out_dir or "out")
-    paths = [path for name in ("best.pt", "last.pt") for path in top.glob(f"**/{name}")]
+    names = "best.pt", "last.pt"
+    paths = [Path(folder, name) for name in names for folder in folders_with(name, [top])]
     if not paths:
-        there = sorted({str(path.parent) for path in Path("out").glob("**/best.pt")})
+        there = folders_with("best.pt", ["out"])
         fix = f"train a model first: `{command('train.py', ROOT / 'config/demo.py')}`"
         fix = f"there are {', '.join(there[:9])}" if there else fix
         raise UserError(f"no checkpoint in {top}; {fix}")
@@ -227,15 +233,16 @@ def main(argv=None):
         lay_out_for_one(model)
 
     # the texts
-    sampler = Sampler(model, checkpoint, options, B)
-    if not options.interactive:
-        return sampler.sample(prompts, began)
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:  # Ctrl-D
-            return print(file=sys.stderr)
-        sampler.sample([line.rstrip("\r\n")], time.perf_counter())
+    with fits_memory(f"memory is full with {B:,} texts; use fewer --num_samples"):
+        sampler = Sampler(model, checkpoint, options, B)
+        if not options.interactive:
+            return sampler.sample(prompts, began)
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:  # Ctrl-D
+                return print(file=sys.stderr)
+            sampler.sample([line.rstrip("\r\n")], time.perf_counter())
 
 
 if __name__ == "__main__":

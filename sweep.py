@@ -8,6 +8,7 @@ and `python report.py out/NAME-sweep` shows the table.
 """
 
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -54,9 +55,6 @@ def jobs_of(argv):
     varied = {name for name in names if len({getattr(config, name) for config in configs}) > 1}
     if not varied:
         raise UserError("no setting has several values; try --seed 0,1,2")
-    if first.eval_only:
-        raise UserError("a sweep cannot be combined with eval_only; use --eval_only False")
-
     # a run that an earlier command began, with fewer settings varied, keeps its folder
     top = first.out_dir if "out_dir" in given else os.path.join("out", f"{first.name}-sweep")
     old = read_json(f"{top}/sweep.json")
@@ -70,7 +68,7 @@ def jobs_of(argv):
     jobs = {}
     for config in configs:
         settings = {name: getattr(config, name) for name in vary}
-        name = folders.get(label(settings)) or quote(label(settings), safe="=,+")
+        name = folders.get(label(settings)) or folder_name(settings)
         kept = dtype if config.dtype == "auto" else config.dtype
         config = config.changed(out_dir=os.path.join(top, name), dtype=kept)
         settled, _ = settle(config, machine)
@@ -82,6 +80,14 @@ def jobs_of(argv):
         words = [path, *(f"--{name}={getattr(config, name)}" for name in told), "--resume"]
         jobs[name] = Trial(config.out_dir, settings, steps), words
     return top, first, list(jobs.values())
+
+
+def folder_name(settings):
+    """A name for the folder of a run with these settings. One that no file system would take is
+    cut short, and ends in a hash of the whole; sweep.json has the settings."""
+    name = quote(label(settings), safe="=,+")
+    whole = hashlib.sha256(name.encode()).hexdigest()
+    return name if len(name) < 200 else f"{name[:180]}-{whole[:8]}"
 
 
 def runs_of(sweep, vary):

@@ -296,7 +296,8 @@ def eval_only(config, machine):
     # the weights, with the context that is asked for, in the dtype that they were evaluated in
     context = config.max_seq_len if "max_seq_len" in named else args["max_seq_len"]
     model = LanguageModel.from_checkpoint(with_context(checkpoint, context)).to(machine.device)
-    config = config.changed(**{name: args[name] for name in ("d_model", "d_ff")})
+    dtype = config.dtype if "dtype" in named else "auto"
+    config = config.changed(dtype=dtype, d_model=args["d_model"], d_ff=args["d_ff"])
     config = settle_dtype(config, machine, old.get("dtype"), checkpoint.get("device"))
 
     if config.eval_stride > context:

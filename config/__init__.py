@@ -229,6 +229,8 @@ def load_grid(argv, script, cls, lists=()):
         values |= dict(zip(over, chosen, strict=True))
         config, wrong = check(cls, values)
         problems += wrong
+        if config.eval_only and script != "train.py":
+            problems.append("eval_only belongs to train.py")
         config.named = frozenset(values)
         config.name, config.doc = os.path.splitext(os.path.basename(path))[0], doc
         config.file = path

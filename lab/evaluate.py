@@ -37,7 +37,7 @@ def evaluate(model, split, machine, rows, stride=0):
     rows = min(rows, len(windows))
     batches = [windows[i : i + rows] for i in range(0, len(windows), rows)]
     # over windows: nats, tokens, and their products
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = np.zeros(5)  # float64, which torch does not have on MPS
     with progress(len(batches), "evaluating", leave=False, disable=machine.rank > 0) as bar:
         for batch in batches[machine.rank :: machine.world]:
             # all forward passes have one shape: short windows and short batches are padded
@@ -46,10 +46,10 @@ def evaluate(model, split, machine, rows, stride=0):
                 row[: end - start + 1] = split.tokens[start : end + 1]
             chunk = torch.from_numpy(chunk).to(machine.device)
             with machine.autocast():
-                losses = model.token_losses(chunk[:, :-1], chunk[:, 1:]).cpu().double()
+                losses = model.token_losses(chunk[:, :-1], chunk[:, 1:]).cpu().numpy()
             for row, (start, end, first) in zip(losses, batch, strict=False):
-                nats, n = row[first - start : end - start].sum().item(), end - first
-                sums += torch.tensor([nats, n, nats**2, nats * n, n**2], dtype=torch.float64)
+                nats, n = row[first - start : end - start].sum(dtype=float), end - first
+                sums += [nats, n, nats**2, nats * n, n**2]
             bar.update(machine.world)
     model.train(was_training)
     sums = machine.reduce(*sums.tolist())

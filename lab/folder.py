@@ -7,6 +7,7 @@ written: report.py needs none.
 """
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -72,6 +73,15 @@ def read_lines(path):
         with contextlib.suppress(ValueError):
             values.append(json.loads(line))
     return values
+
+
+def folders_with(file, tops):
+    """The folders in and below some that hold a file; links are followed, each is taken once."""
+    patterns = [f"{glob.escape(str(top))}/**/{file}" for top in tops]
+    paths = [path for pattern in patterns for path in glob.glob(pattern, recursive=True)]
+    paths.sort(key=len, reverse=True)  # of several paths to a folder, the shortest
+    found = {os.path.realpath(path): os.path.dirname(path) for path in paths}
+    return sorted(found.values())
 
 
 class Lock:
@@ -160,6 +170,17 @@ def is_out_of_memory(error):
     """Whether an exception says that memory is full; torch's allocators raise RuntimeError."""
     words = "out of memory", "allocate memory", "alloc_cpu"
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def fits_memory(phrase):
+    """Raise UserError, which says `phrase`, where memory is full within the `with`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(phrase) from None
 
 
 def newest_checkpoint(folder):
@@ -313,10 +334,10 @@ class Folder:
         return not self.machine.reduce(not written)[0]
 
     def finish(self, state, final):
-        """Write the last figures, a dict. Returns whether all of the run is on the disk; then it
-        needs no prev.pt any more."""
+        """Write the last figures, a dict, empty if no best.pt could be written. Returns whether all
+        of the run is on the disk; then it needs no prev.pt any more."""
         text = json.dumps(final) + "\n"
-        written = not final or self.write(self.final, write_text, self.final, text)
+        written = final and self.write(self.final, write_text, self.final, text)
         whole = written and self.saved == (state.step, state.evaluated_step)
         if whole and self.machine.rank == 0:
             with contextlib.suppress(OSError):

@@ -45,15 +45,18 @@ OF_A_BLOCK = {
 }  # fmt: skip
 
 
-# SHA-256 of the lines of GPT-2's merges
-MERGES = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
+# SHA-256 of the lines of GPT-2's merges, and of its words with their ids
+TOKENIZER = (
+    "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0",
+    "9c0fcef8e6413e73d753e2d0ffbbae0c5e4757f1d0d893fde332050b8cadb47e",
+)
 
 
 def open_weights(where):
     """A checkpoint's dict. where: a checkpoint of this program, a folder that transformers wrote or
     a file in it, or a name in HUB. Raises UserError."""
     path, name = Path(where), where.removeprefix("openai-community/")
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".bin", ".json"):
         path = path.parent
     if path.is_dir():
         return read_folder(path)
@@ -106,8 +109,9 @@ def read_folder(folder):
         args = model_args(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         model = our_weights(read_tensors(folder), args)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        why = f"it has no {error}" if isinstance(error, LookupError) else error
         raise UserError(
-            f"cannot read GPT-2 from {folder}: {error}; name a folder as transformers' "
+            f"cannot read GPT-2 from {folder}: {why}; name a folder as transformers' "
             "save_pretrained writes it, or a run's best.pt"
         ) from None
     return dict(model=model, model_args=args, tokenizer="gpt2", separator="endoftext", step=0)
@@ -119,9 +123,9 @@ def model_args(config):
     wrong = [f"{name} {config[name]}" for name in SAME if config[name] != SAME[name]]
     if wrong:
         raise ValueError(f"config.json has {', '.join(wrong)}")
-    args = {ours: config[theirs] for ours, theirs in SIZES.items() if config.get(theirs)}
-    args = {"d_ff": 4 * args["d_model"]} | args
-    if args["d_model"] % args["num_heads"]:
+    args = {ours: config[theirs] for ours, theirs in SIZES.items() if theirs != "n_inner"}
+    args["d_ff"] = config.get("n_inner") or 4 * args["d_model"]
+    if not args["num_heads"] or args["d_model"] % args["num_heads"]:
         raise ValueError(f"n_head {args['num_heads']} does not divide n_embd {args['d_model']}")
     # a larger vocabulary is GPT-2's with rows that pad it
     args["vocab_size"] = min(args["vocab_size"], VOCAB_SIZE)
@@ -165,18 +169,24 @@ def our_weights(tensors, args):
 
 
 def check_tokenizer(folder):
-    """Raise ValueError if a tokenizer lies in a folder and its merges are not GPT-2's, which give
-    all of its ids."""
-    lines, path = [], folder / "merges.txt"
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").strip("\n").split("\n")[1:]
-    elif (path := folder / "tokenizer.json").exists():
-        merges = json.loads(path.read_text(encoding="utf-8"))["model"]["merges"]
-        lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-    elif (folder / "vocab.json").exists():
-        raise ValueError("vocab.json lies there without its merges.txt")
-    if lines and hashlib.sha256("\n".join(lines).encode()).hexdigest() != MERGES:
-        raise ValueError(f"{path.name} is of another tokenizer than GPT-2's")
+    """Raise ValueError if a tokenizer lies in a folder whose merges, or words with their ids, are
+    not GPT-2's."""
+    for path in sorted(folder.iterdir()):
+        parts = []  # lists of lines
+        if path.name == "merges.txt":
+            parts = [path.read_text(encoding="utf-8").strip("\n").split("\n")[1:]]
+        elif path.name in ("vocab.json", "tokenizer.json"):
+            model = json.loads(path.read_text(encoding="utf-8"))
+            model = model["model"] if path.name == "tokenizer.json" else {"vocab": model}
+            parts = [sorted(f"{id} {word}" for word, id in dict(model["vocab"]).items())]
+            if "merges" in model:
+                merges = model["merges"]
+                parts.append([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+        elif path.suffix == ".model" or path.name == "vocab.txt":  # SentencePiece's, BERT's
+            parts = [[]]
+        for lines in parts:
+            if hashlib.sha256("\n".join(lines).encode()).hexdigest() not in TOKENIZER:
+                raise ValueError(f"{path.name} is of another tokenizer than GPT-2's")
 
 
 # --- writing

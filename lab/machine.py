@@ -230,6 +230,6 @@ def check_compile_cache():
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
-    if folder and not os.access(folder, os.W_OK):
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
         warn(f"TORCHINDUCTOR_CACHE_DIR {folder} cannot be written; going on without it")

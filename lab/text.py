@@ -6,18 +6,20 @@ there; amid a long document it does not. docs/data.md says what is read.
 """
 
 import codecs
+import contextlib
 import gzip
 import json
 import math
 import os
 import re
 import shlex
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from lab.console import UserError, first_line
+from lab.console import UserError, first_line, python
 from lab.encode import WHITE
 
 SPLITS = ("train", "val", "test")
@@ -30,8 +32,10 @@ SPLIT_NAME = re.compile(
     r"(?:.*[^a-z0-9])?(training|train|validation|valid|val|dev|testing|test)"
     r"(?:[-_.]\d+(?:[-_.]of[-_.](\d+))?(?:-[0-9a-f]{6,64})?)?"
 )
+SPLIT_WORD = re.compile(r"(?<![a-z])(training|train|validation|valid|val|dev|testing|test)")
 # below the top of a folder only these have splits' names: test.py and test/ are often code
-DATA = (".txt", ".raw", ".tokens", ".md", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
+ROWS = (".jsonl", ".ndjson", ".parquet")
+DATA = (".txt", ".raw", ".tokens", ".md", *ROWS, ".json", ".csv", ".tsv")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a text in it begins
 # how a file begins that is not text, what it is, and the command that makes text of it
 PACKED = (
@@ -62,9 +66,17 @@ def suffix_of(path):
     return os.path.splitext(path.name.lower().removesuffix(".gz"))[1]
 
 
+@contextlib.contextmanager
 def open_file(path):
-    """A file's bytes, unpacked."""
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+    """A file's bytes, unpacked, whatever its name. Raises UserError for what is no whole .gz."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if packed else open(path, "rb") as stream:
+            yield stream
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        why = first_line(error)
+        raise UserError(f"{path} is no whole gzip file ({why}); bring a whole one") from None
 
 
 def other_kind(path):
@@ -72,7 +84,10 @@ def other_kind(path):
     if path.exists() and not path.is_file():
         return "no regular file"
     if suffix_of(path) in (".csv", ".tsv"):
-        return "a table, which is read as .jsonl or .parquet"
+        sep = "," if suffix_of(path) == ".csv" else "\t"
+        code = f'D.from_csv({json.dumps(str(path))}, sep={json.dumps(sep)}).to_json("NEW.jsonl")'
+        code = shlex.quote(f"from datasets import Dataset as D; {code}")
+        return f"a table; `{python()} -c {code}` makes rows of it"
     with open_file(path) as stream:
         head = stream.read(8192)
     for beginning, kind, convert in PACKED:
@@ -163,11 +178,25 @@ def read_parquet(path, column):
 def text_at(row, column, where):
     """The text of a row, a dict, under a column; None for a null. Raises UserError."""
     text = row.get(column, row)
+    if isinstance(text, dict):
+        fields = dict(fields_of(row))
+        text = fields.get(column, fields)
     if text is not None and not isinstance(text, str):
-        names = ", ".join(name for name, value in row.items() if isinstance(value, str))
-        fix = f"--column takes one of {names}" if names else "`jq` lifts one out of an object"
+        names = ", ".join(name for name, value in fields_of(row) if isinstance(value, str))
+        fix = f"--column takes one of {names}"
+        if not names:
+            fix = f"there are only {', '.join(row)}; `jq` lifts a text out of a list"
         raise UserError(f'{where}: no text under "{column}"; {fix}')
     return text
+
+
+def fields_of(row, above=""):
+    """(name, value) pairs of a row, a dict; a.b names the field b of an object a."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from fields_of(value, f"{above}{name}.")
+        else:
+            yield above + name, value
 
 
 # --- a folder -----------------------------------------------------------------------------------
@@ -204,14 +233,18 @@ def split_of(name):
 
 
 def check_pairs(where, files):
-    """Raise UserError for train_x beside test_x: what is to be tested on would be trained on."""
-    tops = {name.lower().split("/")[0] for name, path in files.items() if suffix_of(path) in DATA}
-    for top in sorted(top for top in tops if top.startswith("train")):
-        for other in ("test", "val", "valid", "validation", "dev"):
-            beside = other + top.removeprefix("train")
-            if beside in tops:
-                fix = f"rename them train and {other}, or give --source one of them"
-                raise UserError(f"{where} holds {top} and {beside}; {fix}")
+    """Raise UserError for names that differ by a split's word alone, such as train_x and test_x:
+    what is to be tested on would be trained on."""
+    paths = {PurePath(name.lower()) for name, path in files.items() if suffix_of(path) in DATA}
+    paths = {str(path) for found in paths for path in (found, *found.parents)}
+    alike = {}
+    for path in sorted(paths):
+        alike.setdefault(SPLIT_WORD.sub("*", path), []).append(path)
+    for first, *others in alike.values():
+        for other in others:
+            if ("train" in first) != ("train" in other):
+                fix = "rename them as splits, train, val and test, or give --source one of them"
+                raise UserError(f"{where} holds {first} and {other}; {fix}")
 
 
 def named_splits(where, files):
@@ -245,7 +278,8 @@ def named_splits(where, files):
 def choose(where, files):
     """({name: Path} of the files that are read, whether they hold rows). Raises UserError where
     rows lie beside text, and where there is no text."""
-    kinds = (".jsonl", ".parquet") + (".json",) * (len(files) == 1)
+    all_json = all(suffix_of(path) == ".json" for path in files.values())
+    kinds = (*ROWS, ".json") if all_json else ROWS
     rows = {name: path for name, path in files.items() if suffix_of(path) in kinds}
     # a README, LICENSE or dataset_infos.json is no text of theirs
     others = [n for n, path in files.items() if suffix_of(path) not in (*kinds, "", ".md", ".json")]

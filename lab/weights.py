@@ -4,7 +4,7 @@ import torch
 
 from lab.console import UserError
 from lab.data import log_frequencies
-from lab.folder import is_out_of_memory, metadata_of
+from lab.folder import fits_memory, metadata_of
 from lab.gpt2 import open_weights
 from lab.machine import choose_dtype
 from model import LanguageModel
@@ -100,14 +100,10 @@ def build_model(config, machine, planned, tokens):
     does not fit there."""
     kind, there = machine.device.type, machine.memory()
     wanted = planned.memory_bytes(1, machine.dtype, kind)
-    try:
+    with fits_memory(
+        f"to train this model takes about {wanted / 1e9:,.1f} GB, and {kind} has "
+        f"{there / 1e9:,.1f} GB per rank; use a smaller --d_model, --d_ff or --num_layers"
+    ):
         if wanted > there:
             raise MemoryError
         return new_model(config, planned.args["vocab_size"], tokens).to(machine.device)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"to train this model takes about {wanted / 1e9:,.1f} GB, and {kind} has "
-            f"{there / 1e9:,.1f} GB per rank; use a smaller --d_model, --d_ff or --num_layers"
-        ) from None

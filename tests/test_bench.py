@@ -2,7 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, make_dataset
 
 import bench
 from docs.experiments import baseline
@@ -29,13 +29,19 @@ def number(name, out):
     return float(re.search(name + r" +([\d,.]+)", out)[1].replace(",", ""))
 
 
-def test_the_vocabulary_is_the_one_that_the_data_set_s_name_tells(in_tmp, capsys, monkeypatch):
+def test_the_vocabulary_is_the_data_set_s_or_what_its_name_tells(in_tmp, capsys, monkeypatch):
     monkeypatch.setattr(bench, "matmul_peak", lambda machine: 2e9)
     words = [
         str(ROOT / "config/demo.py"),
         *"--steps 1 --d_model 8 --d_ff 64 --num_layers 1".split(),
     ]
-    for more, rows in ([], 2048), (["--dataset", "wikitext-2-300"], 300), (["--vocab_size=99"], 99):
+    make_dataset(Path("data"), "mine", vocab_size=500)
+    for more, rows in (
+        ([], 2048),
+        (["--dataset", "wikitext-2-300"], 300),
+        (["--dataset", "mine"], 500),
+        (["--vocab_size=99"], 99),
+    ):
         assert not bench.main([*words, *more])
         total = number("compiled,", capsys.readouterr().out)
         blocks = 4 * 8 * 8 + 2 * 8 * 64 + 4
@@ -59,6 +65,7 @@ def test_the_shape_is_that_of_init_from(tiny, capsys, monkeypatch):
     save_checkpoint(
         dict(model=LanguageModel(**args).state_dict(), model_args=args, step=0), "weights.pt"
     )
+    shape["vocab_size"] = 512
     Path("shape.py").write_text("".join(f"{k} = {v!r}\n" for k, v in shape.items()))
     Path("other.py").write_text('init_from = "weights.pt"\n')
     flops = []

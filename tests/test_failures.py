@@ -130,6 +130,12 @@ def test_a_full_disk_costs_what_cannot_be_written_and_not_the_run(done, capsys):
     assert_the_same_run("out/whole", "out/done")
 
 
+def test_a_run_whose_best_could_never_be_written_has_not_finished(tiny):
+    Path("out/tiny/best.pt.part").mkdir(parents=True)
+    assert train.main([tiny, "--max_steps", "6"]) == 1
+    assert saved_steps("out/tiny/last.pt", "out/tiny/best.pt") == [6]
+
+
 @pytest.mark.parametrize("minutes, steps", [("1e-9", [6, 5]), ("60", [])])
 def test_save_minutes(tiny, minutes, steps):
     """A run that such a rate ends at step 6, and that does not save at its end."""

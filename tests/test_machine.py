@@ -1,5 +1,8 @@
 """Where a process runs: its device, its compute dtype, its ranks; the memory that a pass takes."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import CPU, MODERN, refuse_float64, trainer_of
@@ -7,7 +10,9 @@ from helpers import CPU, MODERN, refuse_float64, trainer_of
 from config import Config
 from lab import machine
 from lab.console import UserError
-from lab.machine import Machine, choose_device, choose_dtype, ranks_of
+from lab.data import Dataset
+from lab.evaluate import evaluate
+from lab.machine import Machine, check_compile_cache, choose_device, choose_dtype, ranks_of
 from lab.trainer import micro_batch_size
 from model import LanguageModel
 
@@ -63,11 +68,18 @@ def test_the_faster_dtype_is_chosen_and_a_near_tie_is_float32(monkeypatch, bfloa
 def test_training_and_evaluating_take_no_float64(tiny, more):
     """MPS has none."""
     trainer = trainer_of([tiny, *more], 9)
-    tokens = torch.randint(400, (3, 16))
     with refuse_float64():
         for i in range(3):
             trainer.step(i)
-        trainer.model.token_losses(tokens, tokens)
+        evaluate(trainer.model, Dataset("tiny").split("val"), CPU, 3, 5)
+
+
+@pytest.mark.parametrize("name", ["file", "file/cache"])
+def test_a_compile_cache_that_cannot_be_had_is_gone_without(in_tmp, monkeypatch, name):
+    Path("file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(in_tmp / name))
+    check_compile_cache()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 # --- memory

@@ -141,6 +141,14 @@ def test_runs_are_found_through_links_and_files_are_left_out(in_tmp, capsys):
         assert sorted(shown(capsys, *words)) == ["a", "b$5_vs_$6"]
 
 
+def test_a_run_that_cannot_be_read_is_one_line(in_tmp):
+    leave("a")
+    os.remove("out/a/metrics.jsonl")
+    os.mkdir("out/a/metrics.jsonl")
+    with pytest.raises(UserError, match="out/a/metrics.jsonl"):
+        report.main([])
+
+
 def test_no_run_to_show_is_one_line(in_tmp):
     for words, named in (["out/none"], "out/none"), ([], "train.py"):
         with pytest.raises(UserError, match=named):

@@ -2,6 +2,7 @@ import io
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -186,6 +187,8 @@ def test_the_run_trained_last_is_found(in_tmp):
     # its training goes on: now it is the newer, and best.pt its best
     Path("out/older/last.pt").touch()
     assert str(find_checkpoint()) == "out/older/best.pt"
+    os.rename("out/run", "elsewhere")
+    os.symlink("../elsewhere", "out/run")
     assert str(find_checkpoint("out/run")) == "out/run/best.pt"
     with pytest.raises(UserError, match="out/none.*out/run"):
         find_checkpoint("out/none")
@@ -208,10 +211,20 @@ def test_mistakes_are_named(checkpoint):
         ("--start FILE:~/none.txt", str(Path.home())),
         ("--prompts empty.txt", "empty.txt"),
         ("--prompts x --interactive", "interactive"),
+        ("--prompts x --start y", "start"),
+        ("--out_dir out --checkpoint x.pt", "checkpoint"),
+        ("--drop_head_bias", "export"),
         ("Hello", '--start "'),
     ):
         with pytest.raises(UserError, match=names):
             sample.main(words.split())
+
+
+def test_more_texts_than_memory_holds_is_one_line(checkpoint, monkeypatch):
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(sample, "Texts", Mock(side_effect=full))
+    with pytest.raises(UserError, match="9,000 texts.*--num_samples"):
+        sample.main(["--num_samples", "9000"])
 
 
 def test_a_model_that_cannot_go_on_is_one_line(checkpoint, capsys):

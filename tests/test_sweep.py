@@ -51,6 +51,8 @@ def test_the_grid_is_every_combination_in_a_folder_of_its_own(tiny):
     assert {"--compile=None", "--expected_ppl=(35, 42)"} < set(runs[0][1])
     assert len(plan("--seed", "1,0,1", "--learning_rate", "0.004,1e-2")) == 4
     assert plan("--data_dir", "data,./data")[1][0].folder == f"{TOP}/data_dir=.%2Fdata"
+    names = [Path(run.folder).name for run, _ in plan("--question", f"{'?' * 300}a,{'?' * 300}b")]
+    assert len(set(names)) == 2 and max(map(len, names)) <= 255
     # all runs have the dtype that the first was given
     TOP.mkdir(parents=True)
     (TOP / "sweep.json").write_text('{"config": {"dtype": "float16"}}')
@@ -63,6 +65,7 @@ def test_mistakes_are_one_line_before_the_first_run(tiny):
         (words, ("learning_rate", "'x'", "sed", "jobs")),
         ("--dataset none --seed 0,1", ("data set none",)),
         ("--seed 3", ("--seed 0,1,2",)),
+        ("--seed 0,1 --eval_only", ("eval_only",)),
     ):
         with pytest.raises(UserError) as error:
             sweep.main([*SHORT, *line.split()])

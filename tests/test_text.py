@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -129,7 +130,10 @@ def test_gzip(encoding, tmp_path):
     assert encoding.decode(ids["train"][:-1] + ids["val"][:-1]) == content
     assert ids_of(tmp_path, tmp_path / "rows.jsonl.gz")["val"] == slow_ids(encoding, ["r"])
     write(tmp_path / "g", {"train.txt.gz": packed[:-20], "val.txt": "v"})
-    refused(tmp_path, tmp_path / "g", "own")
+    refused(tmp_path, tmp_path / "g", "g/train.txt.gz")
+    write(tmp_path, {"named_otherwise": packed, "plain.gz": content})
+    for name in "named_otherwise", "plain.gz":
+        assert ids_of(tmp_path, tmp_path / name) == ids
 
 
 def test_a_column_by_name(encoding, tmp_path):
@@ -139,10 +143,10 @@ def test_a_column_by_name(encoding, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "one.parquet")
     for kind in "jsonl", "parquet":
         source = tmp_path / f"one.{kind}"
-        for column, last in (("story", "s 19"), ("a.b", "c")):
+        for column, last in (("story", "s 19"), ("a.b", "c"), ("meta.title", "t 19")):
             assert ids_of(tmp_path, source, column=column)["val"] == slow_ids(encoding, [last])
-        for column in "text", "meta", "meta.title":
-            refused(tmp_path, source, f'"{column}"', "one of story, a.b", column=column)
+        for column in "text", "meta", "meta.n":
+            refused(tmp_path, source, f'"{column}"', "meta.title, story, a.b", column=column)
     write(tmp_path, {"one.jsonl": '[{"text": "t"}]'})
     refused(tmp_path, tmp_path / "one.jsonl", "one.jsonl, line 1", "jq")
 
@@ -183,6 +187,7 @@ def test_splits_by_the_names_that_people_write(encoding, tmp_path, capsys, train
         ({"train.md": "one two three four", "test.md": "t"}, "val"),
         ({"a.md": "t", "test/a.md": "t"}, "test/a.md"),
         ({"train_sft/a.txt": "t", "test_sft/a.txt": "t"}, "test_sft"),
+        ({"data/x.training.en.txt": "t", "data/x.test.en.txt": "t"}, "x.test.en.txt"),
         ({"train.txt": "t", "train/a.txt": "t", "val.txt": "v"}, "train/a.txt"),
         ({"train-00000-of-00002.jsonl": jsonl(["t"]), "val.jsonl": jsonl(["v"])}, "train-00000"),
         ({"a.jsonl": jsonl(["t"]), "b.txt": "t"}, "b.txt"),
@@ -255,6 +260,13 @@ def test_one_text_file_is_divided_near_a_line_end_or_a_blank(encoding, tmp_path)
     refused(tmp_path, write(tmp_path, {"x.jsonl": jsonl(["x"] * 9)}) / "x.jsonl", "--val_fraction")
 
 
+def test_a_table_is_refused_with_the_command_that_makes_rows_of_it(encoding, in_tmp):
+    for name, separator in ("t.csv", ","), ("t.tsv", "\t"):
+        Path(name).write_text(f"id{separator}text\n" + f'1{separator}"a\nb"\n' * 20)
+        os.system(refused(in_tmp, Path(name), name).split("`")[1])
+        assert ids_of(in_tmp, "NEW.jsonl")["val"] == slow_ids(encoding, ["a\nb"])
+
+
 def test_rows_are_divided_evenly_wherever_they_lie(encoding, tmp_path):
     import datasets
 
@@ -262,13 +274,14 @@ def test_rows_are_divided_evenly_wherever_they_lie(encoding, tmp_path):
     write(tmp_path / "clone", {"data/train-00000-of-00002-0123456789abcdef.parquet": rows[:20]})
     write(tmp_path / "clone", {"data/train-00001-of-00002-fedcba9876543210.parquet": rows[20:]})
     write(tmp_path / "clone", {"README.md": "# it", ".gitattributes": ""})
-    write(tmp_path / "shards", {"0.jsonl": jsonl(rows[:30]), "1.jsonl": jsonl(rows[30:])})
+    write(tmp_path / "shards", {"0.jsonl": jsonl(rows[:30]), "1.ndjson": jsonl(rows[30:])})
+    write(tmp_path / "json", {"0.json": jsonl(rows[:30]), "1.json": jsonl(rows[30:])})
     made = datasets.Dataset.from_dict({"text": rows, "n": [*range(60)]})
     made.save_to_disk(str(tmp_path / "disk"))
     datasets.DatasetDict(train=made).save_to_disk(str(tmp_path / "dict"))
     train = [row for i, row in enumerate(rows) if i % 20 != 19]
     expected = {"train": slow_ids(encoding, train), "val": slow_ids(encoding, rows[19::20])}
-    for name in ("clone", "shards", "disk", "dict"):
+    for name in ("clone", "shards", "json", "disk", "dict"):
         assert ids_of(tmp_path, tmp_path / name) == expected, name
     both = datasets.DatasetDict(train=made, validation=made.select([3]))
     both.save_to_disk(str(tmp_path / "both"))
