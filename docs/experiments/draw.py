@@ -70,6 +70,7 @@ def draw_runs(folders, path):
     axes.set(xlabel=about, ylabel="loss, nats per token", xscale="log")
     tokens = [run.evaluations[-1]["tokens"] for run in runs]
     axes.set_xlim(min(tokens) / 50, max(tokens) * 1.5)
+    axes.set_ylim(top=7.2)  # all begin at 10.8
     picture.savefig(path, dpi=110)
 
 
