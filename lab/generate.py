@@ -5,17 +5,18 @@ from dataclasses import dataclass
 import torch
 
 from lab.graph import captured
+from lab.settings import setting
 
 
 @dataclass
 class SamplingOptions:
     """How the next token is drawn."""
 
-    temperature: float = 0.8  # 0 takes the likeliest
-    top_k: int = 200  # only the k likeliest, 0 for all
-    top_p: float = 1.0  # only the likeliest whose probability reaches it
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    temperature: float = setting(0.8, "0 takes the likeliest token", low=0, below=1e6)
+    top_k: int = setting(200, "draw from the k likeliest, 0 for all", low=0)
+    top_p: float = setting(1.0, "draw from the likeliest that reach p, 1 for all", low=0)
+    repetition_penalty: float = setting(1.0, "above 1: against repeats", low=0.01, below=1e6)
+    seed: int = setting(0, "text i draws with seed + i", low=0, below=2**62)
 
 
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -66,12 +67,17 @@ class Texts:
         on from its last half, as if that were the prompt: learned positions cannot slide by one.
         """
         context = self.model.args["max_seq_len"]
-        half = max(1, context // 2)
         rows = [list(prompt) for prompt in prompts]
         lengths = [min(len(row), context) for row in rows]  # of what each goes on from
-        self.begin(rows)
+        unread = list(range(len(rows)))
+        self.ids.copy_(torch.tensor([row[-1] for row in rows]))
+        self.seen.zero_()
+        for seen, row in zip(self.seen, rows, strict=True):
+            seen[row] = True
         uniform = draws(len(rows), max_new_tokens, self.options.seed).to(self.uniform.device)
         for step in range(max_new_tokens):
+            if unread:  # but for the last ids, which grow() reads
+                self.model.prefill([rows[i][-lengths[i] : -1] for i in unread], self.cache, unread)
             self.uniform.copy_(uniform[:, step])
             self.step()
             # one copy from the device for both; float32 holds every id exactly
@@ -81,24 +87,14 @@ class Texts:
 
             for row, id in zip(rows, ids, strict=True):
                 row.append(id)
-            full = [i for i, length in enumerate(lengths) if length == context]
+            unread = [i for i, length in enumerate(lengths) if length == context]
+            half = max(1, context // 2)
             lengths = [half if length == context else length + 1 for length in lengths]
-            if full:
-                self.model.prefill([rows[i][-half:-1] for i in full], self.cache, full)
-
-    def begin(self, prompts):
-        """Read the prompts into the cache, but for the last ids, which grow() reads."""
-        context, rows = self.model.args["max_seq_len"], list(range(len(prompts)))
-        self.model.prefill([prompt[-context:-1] for prompt in prompts], self.cache, rows)
-        self.ids.copy_(torch.tensor([prompt[-1] for prompt in prompts]))
-        self.seen.zero_()
-        for row, prompt in zip(self.seen, prompts, strict=True):
-            row[prompt] = True
 
     def grow(self):
         """Read each text's last id, and draw the next."""
         options = self.options
-        logits = next_logits(self.model, self.model.decode(self.ids, self.cache))
+        logits = self.model.head(self.model.decode(self.ids, self.cache))
         # ids seen before become less likely (CTRL, Keskar et al. 2019)
         penalty = options.repetition_penalty
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -120,38 +116,34 @@ def draws(B, steps, seed):
     return torch.stack(rows)
 
 
-def next_logits(model, x):
-    """x (B, D) -> logits (B, V)."""
-    if len(x) == 1 or x.is_cuda:
-        return model.head(x)
-    # for a few rows this order is twice as fast on a CPU
-    logits = torch.addmm(model.head_bias[:, None], model.token_embedding.weight, x.t())
-    return logits.t().contiguous()
+def write_on(texts, encoding, separator, prompts, max_new_tokens):
+    """Continue prompts (B str). Yields after each step a dict for each prompt, the same ones every
+    time: prompt, the tokens that continue it (ids) and their logprob together (nats, by the model).
 
-
-# --- where a text ends
-
-
-def end_of_text(separator, encoding):
-    """The id with which a model ends a text, None if its data set had no such id."""
-    return encoding.eot_token if separator == "endoftext" else None
-
-
-def prompt_ids(prompt, encoding, end):
-    """A prompt's ids. An empty one is the end of the text before, where the model knows that, and
-    else a newline."""
-    return encoding.encode_ordinary(prompt or ("\n" if end is None else "")) or [end]
+    A model whose data set has separator endoftext ends a text by that id, which is not among the
+    tokens, and an empty prompt is then the end of the text before, else a newline.
+    """
+    end = encoding.eot_token if separator == "endoftext" else None
+    empty = [end] if end else encoding.encode_ordinary("\n")
+    batch = [encoding.encode_ordinary(prompt) or empty for prompt in prompts]
+    lines = [dict(prompt=prompt, tokens=[], logprob=0.0) for prompt in prompts]
+    live = range(len(lines))
+    for ids, logprobs in texts.generate(batch, max_new_tokens):
+        live = [row for row in live if ids[row] != end]
+        for row in live:
+            lines[row]["tokens"].append(ids[row])
+            lines[row]["logprob"] += logprobs[row]
+        yield lines
+        if not live:
+            break
 
 
 def continue_texts(model, encoding, prompts, separator, max_new_tokens):
     """[[prompt, continuation]] of texts, for the notebook. Draws from generators of its own, so
     that looking changes nothing."""
-    end = end_of_text(separator, encoding)
-    ids = [prompt_ids(prompt, encoding, end) for prompt in prompts]
     was_training = model.training
     model.eval()
-    texts = Texts(model, len(ids), SamplingOptions())
-    steps = [new for new, _ in texts.generate(ids, max_new_tokens)]
+    texts = Texts(model, len(prompts), SamplingOptions())
+    *_, lines = write_on(texts, encoding, separator, prompts, max_new_tokens)
     model.train(was_training)
-    rows = [row[: row.index(end)] if end in row else row for row in zip(*steps, strict=True)]
-    return [[prompt, encoding.decode(row)] for prompt, row in zip(prompts, rows, strict=True)]
+    return [[line["prompt"], encoding.decode(line["tokens"])] for line in lines]
