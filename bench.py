@@ -37,48 +37,42 @@ class Options(Config):
 def main(argv=None):
     config = load_config(argv, "bench.py", Options)
     with open_machine(config) as machine:
-        config, weights = settle(config, machine)
-        bench(config, machine, new_trainer(config, machine, weights))
+        config, _ = settle(config, machine)
+        trainer = new_trainer(config, machine)
+        first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
+        steps = range(WARM_UP, WARM_UP + config.steps)
+        times = [seconds(machine, trainer.step, i) for i in steps]
+        memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
+        peak = matmul_peak(machine)
+
+        # what came of it
+        speeds = [trainer.batches.step_tokens / t for t in times]
+        median, model = statistics.median(speeds), trainer.model
+        flops, parameters = model.flops_per_token(), model.count()["total"]
+        how = "compiled" if trainer.compiled else "not compiled"
+        how += ", one CUDA graph per step" if trainer.graphed else ""
+        machine.say(
+            f"config       {config.name} on {machine}, {how}, {parameters:,} parameters\n"
+            f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "
+            f"{max(speeds):,.0f} over {config.steps} steps of {config.batch_size} x "
+            f"{config.max_seq_len}, in forward passes of {trainer.micro}\n"
+            f"first step   {first:.1f} s\n"
+            f"peak memory  {', '.join(f'{value / 1e9:.2f}' for value in memory)} GB per process\n"
+            f"matmul peak  {peak / 1e9:,.0f} GFLOP/s in the compute dtype\n"
+            f"MFU          {flops * median / peak:.3f} = {flops:,} FLOPs per token x tokens/s / "
+            "matmul peak"
+        )
 
 
-def new_trainer(config, machine, weights=None):
-    """A Trainer of a config's model on random tokens, of the vocabulary that train.py's would have:
-    that of init_from's weights, else of the data set if it is prepared, else as its name says."""
+def new_trainer(config, machine):
+    """A Trainer of a config's model on random tokens, of the data set's vocabulary: as its name
+    tells, if it is not prepared."""
     meta = read_json(f"{config.data_dir}/{config.dataset}/meta.json")
     vocab_size = meta.get("vocab_size", vocabulary_of(config.dataset)[1])
-    if weights:
-        vocab_size = len(weights["head_bias"])
     tokens = np.random.RandomState(0).randint(vocab_size, size=1 << 20).astype(np.uint16)
     batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
     model = new_model(config, vocab_size).to(machine.device)
     return Trainer(config, machine, model, batches, total_steps=1000)
-
-
-def bench(config, machine, trainer):
-    """Time config.steps training steps, and print what came of it."""
-    first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
-    steps = range(WARM_UP, WARM_UP + config.steps)
-    times = [seconds(machine, trainer.step, i) for i in steps]
-    memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
-    peak = matmul_peak(machine)
-
-    # what came of it
-    speeds = [trainer.batches.step_tokens / t for t in times]
-    median, model = statistics.median(speeds), trainer.model
-    flops, parameters = model.flops_per_token(), model.count()["total"]
-    how = "compiled" if trainer.compiled else "not compiled"
-    how += ", one CUDA graph per step" if trainer.graphed else ""
-    machine.say(
-        f"config       {config.name} on {machine}, {how}, {parameters:,} parameters\n"
-        f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "
-        f"{max(speeds):,.0f} over {config.steps} steps of {config.batch_size} x "
-        f"{config.max_seq_len}, in forward passes of {trainer.micro}\n"
-        f"first step   {first:.1f} s\n"
-        f"peak memory  {', '.join(f'{value / 1e9:.2f}' for value in memory)} GB per process\n"
-        f"matmul peak  {peak / 1e9:,.0f} GFLOP/s in the compute dtype\n"
-        f"MFU          {flops * median / peak:.3f} = {flops:,} FLOPs per token x tokens/s / "
-        "matmul peak"
-    )
 
 
 def seconds(machine, function, *args):

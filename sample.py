@@ -53,14 +53,12 @@ class Options(SamplingOptions):
 def find_checkpoint(out_dir):
     """The best.pt of a run's folder, or of a sweep's best run; without out_dir the newest of all
     under out/. Raises UserError."""
-    folders = folders_with("best.pt", [out_dir or "out"])
+    top = out_dir or "out"
+    folders = folders_with("best.pt", [top])
     if not folders:
         there = ", ".join(folders_with("best.pt", ["out"])[:9])
-        train = command("train.py", ROOT / "config/demo.py")
-        fix = f"there are {there}" if there else f"train a model first: `{train}`"
-        raise UserError(
-            f"no best.pt, which a first evaluation writes, in {out_dir or 'out'}; {fix}"
-        )
+        there = there or f"nothing; run `{command('train.py', ROOT / 'config/demo.py')}`"
+        raise UserError(f"no best.pt (a first evaluation writes it) in {top}; there is {there}")
     if out_dir:
         return min(folders, key=bits_per_byte) + "/best.pt"
     return max((f"{folder}/best.pt" for folder in folders), key=os.path.getmtime)
@@ -86,62 +84,40 @@ def read_prompts(options):
         return [options.start]
     try:
         with open(options.prompts, encoding="utf-8-sig", newline="\n") as file:
-            prompts = [line.rstrip("\r\n") for line in file if line.strip()]
+            return [line.rstrip("\r\n") for line in file if line.strip()] or [""]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {options.prompts}: {error}") from None
-    if not prompts:
-        raise UserError(f"{options.prompts} holds no prompt; write one on each line")
-    return prompts
 
 
 def sample(texts, encoding, separator, prompts, began):
     """Continue prompts (a list of str) num_samples times each, and print the texts and their speed.
-    began: when the waiting for the first token began, seconds. Raises UserError."""
+    began: when the waiting for the first token began, seconds."""
     options = texts.options
     prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
     stream = len(prompts) == 1 and options.format == "text"
     times, shown = [], 0  # when each token came; how many of them are printed
-    for lines in write_on(texts, encoding, separator, prompts, options.max_new_tokens):
-        if not all(math.isfinite(line["logprob"]) for line in lines):
-            raise UserError(
-                "the model's logits are not finite: its weights hold nan, inf or numbers that are "
-                "too large; name another --checkpoint"
-            )
+    for rows in write_on(texts, encoding, separator, prompts, options.max_new_tokens):
         times.append(time.perf_counter())
         if stream:
             if len(times) == 1:
                 print(prompts[0], end="")
-            text = encoding.decode(lines[0]["tokens"][shown:])
+            text = encoding.decode(rows[0][shown:])
             if not text.endswith("\ufffd"):  # which ends inside a character
                 print(text, end="", flush=True)
-                shown = len(lines[0]["tokens"])
+                shown = len(rows[0])
 
     # the rest, and how fast it was
-    texts = [encoding.decode(line["tokens"][shown:]) for line in lines]
+    pairs = list(zip(prompts, [encoding.decode(row[shown:]) for row in rows], strict=True))
     if stream:
-        print(texts[0], flush=True)
+        print(pairs[0][1], flush=True)
     elif options.format == "text":
-        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        print("\n\n---\n".join(whole), flush=True)
+        print("\n\n---\n".join(prompt + text for prompt, text in pairs), flush=True)
     else:
-        for line, text in zip(lines, texts, strict=True):
-            print(json.dumps(dict(prompt=line["prompt"], text=text) | line), flush=True)
+        for (prompt, text), row in zip(pairs, rows, strict=True):
+            print(json.dumps(dict(prompt=prompt, text=text, tokens=row)), flush=True)
     first, seconds = times[0] - began, times[-1] - times[0]
-    speed = (len(times) - 1) * len(lines) / seconds if seconds else 0
-    print(f"first token after {first:.2f} s, then {speed:,.1f} per second", file=sys.stderr)
-
-
-def export(model, encoding, options):
-    """Write a model and its tokenizer for transformers. Raises UserError."""
-    if model.modern:
-        raise UserError("transformers has no block modern; train with --block gpt2 to export")
-    if model.head_bias.any() and not options.drop_head_bias:
-        raise UserError(
-            "transformers' GPT-2 has no place for this model's head bias; leave it out with "
-            "--drop_head_bias, or train with --head_bias False"
-        )
-    write_folder(model, encoding, options.export)
-    print(f"{options.export} is written for transformers", file=sys.stderr)
+    speed = (len(times) - 1) * len(rows) / seconds if seconds else 0
+    print(f"first token after {first:.2f} s, then {speed:,.1f} tokens per second", file=sys.stderr)
 
 
 def main(argv=None):
@@ -158,9 +134,17 @@ def main(argv=None):
     encoding, size = load_tokenizer(checkpoint.get("tokenizer_text")), model.args["vocab_size"]
     print(f"{path}: step {checkpoint['step']:,}", file=sys.stderr)
     if options.export:
-        return export(model, encoding, options)
+        if model.modern or (model.head_bias.any() and not options.drop_head_bias):
+            raise UserError(
+                "transformers' GPT-2 has no block modern and no bias at the head; train with "
+                "--block gpt2 --head_bias False, or leave the bias out with --drop_head_bias"
+            )
+        write_folder(model, encoding, options.export)
+        return print(f"{options.export} is written for transformers", file=sys.stderr)
     if size < encoding.eot_token:
         raise UserError(f"{path} has a vocabulary of {size:,}, and is of another tokenizer")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path} holds weights that are not finite; name another --checkpoint")
 
     # its device, and the texts
     device = choose_device(Config(device=options.device), ranks_of({}))
@@ -172,11 +156,8 @@ def main(argv=None):
     separator = checkpoint.get("separator")
     if not options.interactive:
         return sample(texts, encoding, separator, prompts, began)
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:  # Ctrl-D
-            return print(file=sys.stderr)
+    print("type what to continue; Ctrl-D ends", file=sys.stderr)
+    for line in sys.stdin:
         sample(texts, encoding, separator, [line.rstrip("\r\n")], time.perf_counter())
 
 

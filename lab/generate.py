@@ -23,17 +23,15 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """Draw the next ids: logits (B, V) float32, uniform (B,) float32 in [0, 1] -> (B,) int64, all
     on one device, and without waiting for it. The rest is as in SamplingOptions; top_p is nucleus
     sampling (Holtzman et al. 2020). Logits that are not finite give any id."""
-    if temperature == 0:
+    if temperature < 1e-30:  # which would be 0 in float32
         return logits.argmax(-1)
     ids, k = None, min(top_k or logits.shape[-1], logits.shape[-1])
     if k < logits.shape[-1] or top_p < 1:
         logits, ids = logits.topk(k)  # in falling order
-    # temperature and top_p may be so near to 0 that they would be 0 in float32
-    temperature, top_p = max(temperature, 1e-30), max(top_p, 1e-30)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     p = torch.softmax(logits, -1)
     if top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the likelier ones alone reach top_p
+        p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)  # the likelier ones alone reach top_p
     reached = p.cumsum(-1)
     total = reached[:, -1:]
     point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
@@ -53,15 +51,14 @@ class Texts:
         self.model, self.options = model, options
         self.cache = model.cache(B, fixed=graph)
         self.ids = torch.zeros(B, dtype=torch.int64, device=device)  # each text's last
-        self.logprobs = torch.zeros(B, device=device)  # what the model gave it, nats
         self.uniform = torch.zeros(B, device=device)  # what chooses the next
         self.seen = torch.zeros(B, model.args["vocab_size"], dtype=torch.bool, device=device)
         self.step = captured(self.grow, device) if graph else self.grow
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens):
-        """Continue prompts (B lists of ids, of any lengths). Yields max_new_tokens times (ids,
-        logprobs), two lists of B: each row's next id and its log-probability, nats, by the model.
+        """Continue prompts (B lists of ids, of any lengths). Yields max_new_tokens times a list of
+        B ids, each text's next.
 
         Row i draws with seed + i, whatever stands beside it. A row that has filled the context goes
         on from its last half, as if that were the prompt: learned positions cannot slide by one.
@@ -80,10 +77,8 @@ class Texts:
                 self.model.prefill([rows[i][-lengths[i] : -1] for i in unread], self.cache, unread)
             self.uniform.copy_(uniform[:, step])
             self.step()
-            # one copy from the device for both; float32 holds every id exactly
-            ids, logprobs = torch.stack((self.ids.float(), self.logprobs)).tolist()
-            ids = [int(id) for id in ids]
-            yield ids, logprobs
+            ids = self.ids.tolist()
+            yield ids
 
             for row, id in zip(rows, ids, strict=True):
                 row.append(id)
@@ -100,40 +95,37 @@ class Texts:
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         allowed = torch.where(self.seen, penalised, logits)
         ids = choose(allowed, self.uniform, options.temperature, options.top_k, options.top_p)
-        picked = logits.gather(1, ids[:, None]) - logits.logsumexp(1, keepdim=True)
         self.ids.copy_(ids)
-        self.logprobs.copy_(picked[:, 0])
         self.seen.scatter_(1, ids[:, None], True)
 
 
 def draws(B, steps, seed):
     """The random numbers that choose tokens, (B, steps) float32: row i's follow from seed + i."""
-    rows = []
-    for i in range(B):
-        generator = torch.Generator().manual_seed(seed + i)
-        # the 53 bits of torch.rand in float64, a dtype that MPS does not have
-        rows.append(torch.randint(2**53, (steps,), generator=generator) / 2**53)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(B)]
+    # the 53 bits of torch.rand in float64, a dtype that MPS does not have
+    rows = [torch.randint(2**53, (steps,), generator=each) / 2**53 for each in generators]
     return torch.stack(rows)
 
 
-def write_on(texts, encoding, separator, prompts, max_new_tokens):
-    """Continue prompts (B str). Yields after each step a dict for each prompt, the same ones every
-    time: prompt, the tokens that continue it (ids) and their logprob together (nats, by the model).
+# --- where a text ends
 
-    A model whose data set has separator endoftext ends a text by that id, which is not among the
-    tokens, and an empty prompt is then the end of the text before, else a newline.
+
+def write_on(texts, encoding, separator, prompts, max_new_tokens):
+    """Continue prompts (B str). Yields after each step B lists of the ids that continue them, the
+    same lists every time.
+
+    A model whose data set has separator endoftext ends a text by that id, which is not among them,
+    and takes an empty prompt for the end of the text before; others take it for a newline.
     """
     end = encoding.eot_token if separator == "endoftext" else None
     empty = [end] if end else encoding.encode_ordinary("\n")
     batch = [encoding.encode_ordinary(prompt) or empty for prompt in prompts]
-    lines = [dict(prompt=prompt, tokens=[], logprob=0.0) for prompt in prompts]
-    live = range(len(lines))
-    for ids, logprobs in texts.generate(batch, max_new_tokens):
-        live = [row for row in live if ids[row] != end]
-        for row in live:
-            lines[row]["tokens"].append(ids[row])
-            lines[row]["logprob"] += logprobs[row]
-        yield lines
+    rows, live = [[] for _ in batch], range(len(batch))
+    for ids in texts.generate(batch, max_new_tokens):
+        live = [i for i in live if ids[i] != end]
+        for i in live:
+            rows[i].append(ids[i])
+        yield rows
         if not live:
             break
 
@@ -144,6 +136,6 @@ def continue_texts(model, encoding, prompts, separator, max_new_tokens):
     was_training = model.training
     model.eval()
     texts = Texts(model, len(prompts), SamplingOptions())
-    *_, lines = write_on(texts, encoding, separator, prompts, max_new_tokens)
+    *_, rows = write_on(texts, encoding, separator, prompts, max_new_tokens)
     model.train(was_training)
-    return [[line["prompt"], encoding.decode(line["tokens"])] for line in lines]
+    return [[prompt, encoding.decode(row)] for prompt, row in zip(prompts, rows, strict=True)]

@@ -39,12 +39,6 @@ PARTS = {
     "attention_norm": "ln_1", "qkv": "attn.c_attn", "attention_out": "attn.c_proj",
     "mlp_norm": "ln_2", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj",
 }  # fmt: skip
-# a tokenizer's files, and what is read of each: words with their ids, or merges
-TOKENIZER = {
-    "vocab.json": json.loads,
-    "tokenizer.json": lambda text: json.loads(text)["model"]["vocab"],
-    "merges.txt": lambda text: text.strip("\n").split("\n")[1:],
-}
 NOT_WEIGHTS = ".attn.bias", ".attn.masked_bias", "lm_head.weight"  # masks, and wte once more
 
 
@@ -105,13 +99,14 @@ def read_folder(folder):
 
 
 def check_tokenizer(folder):
-    """Raise ValueError if a tokenizer lies in a folder whose words or merges are not GPT-2's."""
-    for name, read in TOKENIZER.items():
+    """Raise ValueError if a tokenizer lies in a folder whose words and their ids are not GPT-2's,
+    from which its merges follow."""
+    for name in ("vocab.json", "tokenizer.json"):
         path = folder / name
         if path.exists():
-            words, merges = their_tokenizer(load_tokenizer())
-            ours = merges if name == "merges.txt" else words
-            if read(path.read_text(encoding="utf-8")) != ours:
+            words = json.loads(path.read_text(encoding="utf-8"))
+            words = words["model"]["vocab"] if name == "tokenizer.json" else words
+            if words != their_tokenizer(load_tokenizer())[0]:
                 raise ValueError(f"{name} is of another tokenizer than GPT-2's")
 
 
@@ -144,27 +139,24 @@ def read_tensors(folder):
 
 def our_weights(tensors, vocab_size):
     """Their tensors under our names, as a state_dict in float32; the head's bias is zero."""
-    parts, state = {theirs: ours for ours, theirs in PARTS.items()}, {}
-    for name, tensor in tensors.items():
-        if not name.endswith(NOT_WEIGHTS):
-            ours = renamed(name.removeprefix("transformer."), parts)
-            state[ours] = transposed(ours, tensor).float()
+    kept = [name for name in tensors if not name.endswith(NOT_WEIGHTS)]
+    theirs = {name.removeprefix("transformer."): tensors[name].float() for name in kept}
+    state = converted(theirs, {theirs: ours for ours, theirs in PARTS.items()})
     # rows that pad GPT-2's vocabulary are left out
     state["token_embedding.weight"] = state["token_embedding.weight"][:vocab_size]
     return state | {"head_bias": torch.zeros(vocab_size)}
 
 
-def renamed(name, parts):
-    """A tensor's name with its parts, {old: new}, replaced."""
-    for old, new in parts.items():
-        name = name.replace(old, new)
-    return name
-
-
-def transposed(name, tensor):
-    """The tensor of our name as the other side stores it, whose matrices lie the other way."""
-    is_matrix = tensor.dim() == 2 and "embedding" not in name
-    return tensor.t().contiguous() if is_matrix else tensor
+def converted(tensors, parts):
+    """{name: tensor} as the other side keeps them: the parts of names, {old: new}, are replaced,
+    and the blocks' matrices transposed."""
+    state = {}
+    for name, tensor in tensors.items():
+        for old, new in parts.items():
+            name = name.replace(old, new)
+        in_block = name.startswith(("blocks.", "h."))
+        state[name] = tensor.t().contiguous() if in_block and tensor.dim() == 2 else tensor
+    return state
 
 
 # --- writing
@@ -175,11 +167,9 @@ def write_folder(model, encoding, folder):
     transformers reads them. Raises UserError."""
     from safetensors.torch import save
 
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "head_bias"}
-    tensors = {
-        f"transformer.{renamed(name, PARTS)}": transposed(name, tensor)
-        for name, tensor in weights.items()
-    }
+    state = model.state_dict()
+    del state["head_bias"]
+    content = save(converted(state, PARTS), {"format": "pt"})
     end = encoding.eot_token if encoding.eot_token < model.args["vocab_size"] else None
     config = SAME | {theirs: model.args[ours] for ours, theirs in SIZES.items()}
     config |= dict(bos_token_id=end, eos_token_id=end, architectures=["GPT2LMHeadModel"])
@@ -189,7 +179,6 @@ def write_folder(model, encoding, folder):
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
         "config.json": json.dumps(config, indent=2) + "\n",
     }
-    content = save(tensors, {"format": "pt"})
     try:
         os.makedirs(folder)
         write_whole(f"{folder}/model.safetensors", lambda file: file.write(content))

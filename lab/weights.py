@@ -70,10 +70,8 @@ def with_context(checkpoint, context):
     positions = model.get("position_embedding.weight")
     if positions is not None:
         if context > len(positions):
-            raise UserError(
-                f"max_seq_len {context} is more than the {len(positions)} positions that these "
-                f"weights have learned; use --max_seq_len {len(positions)} or less"
-            )
+            fix = f"use --max_seq_len {len(positions)} or less"
+            raise UserError(f"these weights have not learned {context} positions; {fix}")
         model["position_embedding.weight"] = positions[:context]
     return checkpoint | dict(model=model, model_args=args)
 
