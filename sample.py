@@ -32,7 +32,7 @@ class Options(SamplingOptions):
     prompts: str = setting("", "a file: continue each of its lines, as one batch", path=True)
     interactive: bool = setting(False, "continue each line of standard input")
     out_dir: str = setting("", "a run's or a sweep's folder (default: the last run)", path=True)
-    checkpoint: str = setting("", "a file, a folder of transformers, or gpt2", path=True)
+    checkpoint: str = setting("", "a file, or a folder of transformers", path=True)
     num_samples: int = setting(1, "texts for each prompt, as one batch", low=1, below=10_000)
     max_new_tokens: int = setting(200, "tokens to add to each", low=1, below=10_000_000)
     format: str = setting("text", "jsonl: a line for each text", choices=("text", "jsonl"))

@@ -14,15 +14,7 @@ from lab.console import UserError
 from lab.data import VOCAB_SIZE, load_tokenizer
 from lab.encode import END, pairs_of
 from lab.folder import load_checkpoint, write_text, write_whole
-from lab.text import no_hub
 
-# OpenAI's weights, each at the commit that they were looked up at
-HUB = {
-    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
-    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
-    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
-}
 # what their config.json must say, or leave out, for the model to be ours
 SAME = {
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
@@ -43,38 +35,20 @@ NOT_WEIGHTS = ".attn.bias", ".attn.masked_bias", "lm_head.weight"  # masks, and 
 
 
 def open_weights(where):
-    """A checkpoint's dict. where: a checkpoint of this program, a folder that transformers wrote or
-    a file in it, or a name in HUB. Raises UserError."""
-    path, name = Path(where), where.removeprefix("openai-community/")
+    """A checkpoint's dict. where: a checkpoint of this program, or a folder that transformers wrote
+    or a file in it. Raises UserError."""
+    path = Path(where)
     if path.suffix in (".safetensors", ".bin", ".json"):
         path = path.parent
     if path.is_dir():
         return read_folder(path)
-    if name in HUB:
-        return read_folder(download(name))
     if not path.exists():
+        files = "config.json model.safetensors --local-dir gpt2"
         raise UserError(
-            f"there is no {where}; name a checkpoint such as out/demo/best.pt, a folder with "
-            f"transformers' GPT-2, or one of {', '.join(HUB)}"
+            f"there is no {where}; name a checkpoint such as out/demo/best.pt, or a folder with "
+            f"transformers' GPT-2: `hf download openai-community/gpt2 {files}` fetches OpenAI's"
         )
     return load_checkpoint(where)
-
-
-def download(name):
-    """The folder with a model of HUB's, fetched where it is not here yet. Raises UserError."""
-    import huggingface_hub
-
-    repository, revision = f"openai-community/{name}", HUB[name]
-    files = ["config.json", "model.safetensors"]
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=files
-        )
-    except Exception as error:
-        page = f"https://huggingface.co/{repository}/tree/{revision}"
-        fix = f"download {' and '.join(files)} from {page}, and name their folder"
-        raise no_hub(repository, error, fix) from None
-    return Path(folder)
 
 
 # --- reading

@@ -40,7 +40,6 @@ def test_the_vocabulary_is_the_data_set_s_or_what_its_name_tells(in_tmp, capsys,
         ([], 2048),
         (["--dataset", "wikitext-2-300"], 300),
         (["--dataset", "mine"], 500),
-        (["--vocab_size=99"], 99),
     ):
         assert not bench.main([*words, *more])
         total = number("compiled,", capsys.readouterr().out)
@@ -65,7 +64,6 @@ def test_the_shape_is_that_of_init_from(tiny, capsys, monkeypatch):
     save_checkpoint(
         dict(model=LanguageModel(**args).state_dict(), model_args=args, step=0), "weights.pt"
     )
-    shape["vocab_size"] = 512
     Path("shape.py").write_text("".join(f"{k} = {v!r}\n" for k, v in shape.items()))
     Path("other.py").write_text('init_from = "weights.pt"\n')
     flops = []
