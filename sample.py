@@ -19,7 +19,7 @@ from lab.data import load_tokenizer
 from lab.folder import folders_with, read_json
 from lab.generate import SamplingOptions, Texts, write_on
 from lab.gpt2 import open_weights, write_folder
-from lab.machine import choose_device, ranks_of
+from lab.machine import check_compile_cache, choose_device, ranks_of
 from lab.settings import command_line, setting
 from model import LanguageModel
 
@@ -57,7 +57,7 @@ def find_checkpoint(out_dir):
     folders = folders_with("best.pt", [top])
     if not folders:
         there = ", ".join(folders_with("best.pt", ["out"])[:9])
-        there = there or f"nothing; run `{command('train.py', ROOT / 'config/demo.py')}`"
+        there = there or f"none; run `{command('train.py', ROOT / 'config/demo.py')}`"
         raise UserError(f"no best.pt (a first evaluation writes it) in {top}; there is {there}")
     if out_dir:
         return min(folders, key=bits_per_byte) + "/best.pt"
@@ -121,6 +121,7 @@ def sample(texts, encoding, separator, prompts, began):
 
 
 def main(argv=None):
+    check_compile_cache()
     began = time.perf_counter()
     options, words = command_line(Options, argv, "python sample.py [--setting value ...]", None)
     if words:

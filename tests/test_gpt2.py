@@ -121,10 +121,6 @@ def test_what_is_no_gpt2_is_named(peer, tmp_path):
         path.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=names):
             read(tmp_path / "peer")
-    del config["n_embd"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="it has no 'n_embd'"):
-        read(tmp_path / "peer")
 
 
 def test_files_that_cannot_be_read_are_named(peer, tmp_path):
@@ -133,9 +129,8 @@ def test_files_that_cannot_be_read_are_named(peer, tmp_path):
     with pytest.raises(UserError, match="peer"):
         read(folder)
     whole.rename(folder / "pytorch_model.bin")
-    for path in folder, folder / "pytorch_model.bin":
-        with pytest.raises(UserError, match="pytorch_model.bin.*save_pretrained"):
-            read(path)
+    with pytest.raises(UserError, match="pytorch_model.bin.*save_pretrained"):
+        read(folder / "pytorch_model.bin")
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="config.json.*best.pt"):
         read(folder)
@@ -144,20 +139,17 @@ def test_files_that_cannot_be_read_are_named(peer, tmp_path):
 
 
 def test_another_tokenizer_beside_the_weights_is_refused(peer, tmp_path):
-    vocab, _ = gpt2.their_tokenizer(load_tokenizer())
-    swapped = vocab | {"the": vocab["a"], "a": vocab["the"]}
-    unigram = [["a", -1.5]]
-    for name, as_json in (
-        ("vocab.json", json.dumps),
-        ("tokenizer.json", lambda vocab: json.dumps({"model": {"vocab": vocab}})),
-    ):
+    words, _ = gpt2.their_tokenizer(load_tokenizer())
+    swapped = words | {"the": words["a"], "a": words["the"]}
+    for name in "vocab.json", "tokenizer.json":
         path = tmp_path / "peer" / name
-        path.write_text(as_json(vocab), encoding="utf-8")
-        read(tmp_path / "peer")
-        for another in swapped, unigram:
-            path.write_text(as_json(another), encoding="utf-8")
-            with pytest.raises(UserError, match=name):
+        for tried in words, swapped:
+            content = {"model": {"vocab": tried}} if name == "tokenizer.json" else tried
+            path.write_text(json.dumps(content), encoding="utf-8")
+            if tried == words:
                 read(tmp_path / "peer")
+        with pytest.raises(UserError, match=name):
+            read(tmp_path / "peer")
         path.unlink()
 
 

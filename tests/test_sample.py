@@ -129,11 +129,6 @@ def test_characters_are_printed_whole(checkpoint, monkeypatch):
     assert "".join(written) == "A naïve 日本 🙂\n" and " 日" in written
 
 
-def test_a_start_longer_than_the_context(checkpoint, capsys):
-    long = "longer than the context " * 9
-    assert say(capsys, "--start", long, "--top_k", "99999").out.startswith(long)
-
-
 def test_prompts_of_a_file_as_lines_of_json(checkpoint, capsys, tmp_path):
     """A prompt ends at a line end and nowhere else."""
     first = "The cat\x0csat\u2028on\x85the\rmat"
@@ -168,7 +163,7 @@ def leave(name, when, bits=None):
         path.with_name("final.json").write_text(json.dumps(figures))
 
 
-def test_the_newest_best_pt_is_found(in_tmp):
+def test_the_newest_best_pt_is_found_and_a_sweep_s_best(in_tmp):
     with pytest.raises(UserError, match="train.py"):
         find_checkpoint("")
     leave("older", 100)
@@ -177,12 +172,8 @@ def test_the_newest_best_pt_is_found(in_tmp):
     assert find_checkpoint("out/older") == "out/older/best.pt"
     with pytest.raises(UserError, match="out/none.*out/run"):
         find_checkpoint("out/none")
-
-
-def test_a_sweep_s_best_run_is_found(in_tmp):
     for when, (name, bits) in enumerate(dict(a=3.0, b=2.5, c=None).items()):
         leave(f"sweep/{name}", when, bits)
-    Path("out/sweep/sweep.json").write_text("{}")
     assert find_checkpoint("out/sweep") == "out/sweep/b/best.pt"
     os.remove("out/sweep/b/final.json")  # it is not finished
     assert find_checkpoint("out/sweep") == "out/sweep/a/best.pt"
