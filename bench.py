@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from config import Config, load_config
-from lab.console import progress, run
+from lab.console import run
 from lab.data import Batches, vocabulary_of
 from lab.folder import read_json
-from lab.machine import has_bfloat16, open_machine
+from lab.machine import open_machine
 from lab.settings import setting
 from lab.trainer import Trainer
 from lab.weights import new_model, settle
@@ -32,60 +32,47 @@ class Options(Config):
     """A run's settings, and what to time of it."""
 
     steps: int = setting(20, "steps that are timed", low=1)
-    vocab_size: int = setting(0, "of the random tokens (0: as train.py's would be)", low=0)
 
 
 def main(argv=None):
     config = load_config(argv, "bench.py", Options)
     with open_machine(config) as machine:
-        config, weights = settle(config, machine)
-        bench(config, machine, new_trainer(config, machine, weights))
+        config, _ = settle(config, machine)
+        trainer = new_trainer(config, machine)
+        first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
+        steps = range(WARM_UP, WARM_UP + config.steps)
+        times = [seconds(machine, trainer.step, i) for i in steps]
+        memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
+        peak = matmul_peak(machine)
+
+        # what came of it
+        speeds = [trainer.batches.step_tokens / t for t in times]
+        median, model = statistics.median(speeds), trainer.model
+        flops, parameters = model.flops_per_token(), model.count()["total"]
+        how = "compiled" if trainer.compiled else "not compiled"
+        how += ", one CUDA graph per step" if trainer.graphed else ""
+        machine.say(
+            f"config       {config.name} on {machine}, {how}, {parameters:,} parameters\n"
+            f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "
+            f"{max(speeds):,.0f} over {config.steps} steps of {config.batch_size} x "
+            f"{config.max_seq_len}, in forward passes of {trainer.micro}\n"
+            f"first step   {first:.1f} s\n"
+            f"peak memory  {', '.join(f'{value / 1e9:.2f}' for value in memory)} GB per process\n"
+            f"matmul peak  {peak / 1e9:,.0f} GFLOP/s in the compute dtype\n"
+            f"MFU          {flops * median / peak:.3f} = {flops:,} FLOPs per token x tokens/s / "
+            "matmul peak"
+        )
 
 
-def new_trainer(config, machine, weights=None):
-    """A Trainer of a config's model on random tokens, of the vocabulary that train.py's would have:
-    that of init_from's weights, else of the data set if it is prepared, else as its name says."""
-    vocab_size = config.vocab_size or (len(weights["head_bias"]) if weights else 0)
-    if not vocab_size:
-        meta = read_json(f"{config.data_dir}/{config.dataset}/meta.json")
-        vocab_size = meta.get("vocab_size") or vocabulary_of(config.dataset)[1]
+def new_trainer(config, machine):
+    """A Trainer of a config's model on random tokens, of the data set's vocabulary: as its name
+    tells, if it is not prepared."""
+    meta = read_json(f"{config.data_dir}/{config.dataset}/meta.json")
+    vocab_size = meta.get("vocab_size", vocabulary_of(config.dataset)[1])
     tokens = np.random.RandomState(0).randint(vocab_size, size=1 << 20).astype(np.uint16)
     batches = Batches(tokens, config.max_seq_len, config.batch_size, config.seed)
     model = new_model(config, vocab_size).to(machine.device)
     return Trainer(config, machine, model, batches, total_steps=1000)
-
-
-def bench(config, machine, trainer):
-    """Time config.steps training steps, and print what came of it."""
-    # the first steps, and the machine's peak before and after
-    first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
-    memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
-    peaks = [matmul_peak(machine)]
-    times, hidden = [], machine.rank > 0
-    with progress(config.steps, "timing", unit="step", leave=False, disable=hidden) as bar:
-        for i in range(config.steps):
-            times.append(seconds(machine, trainer.step, WARM_UP + i))
-            bar.update()
-    peaks.append(matmul_peak(machine))
-
-    # what came of it
-    speeds = [trainer.batches.step_tokens / t for t in times]
-    peak, median = statistics.mean(peaks), statistics.median(speeds)
-    flops, parameters = trainer.model.flops_per_token(), trainer.model.count()["total"]
-    how = "compiled" if trainer.compiled else "not compiled"
-    how += ", one CUDA graph per step" if trainer.graphed else ""
-    machine.say(
-        f"config       {config.name} on {machine}, {how}, {parameters:,} parameters\n"
-        f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "
-        f"{max(speeds):,.0f} over {config.steps} steps of {config.batch_size} x "
-        f"{config.max_seq_len}, in forward passes of {trainer.micro}\n"
-        f"first step   {first:.1f} s\n"
-        f"peak memory  {', '.join(f'{value / 1e9:.2f}' for value in memory)} GB per process\n"
-        f"matmul peak  {peak / 1e9:,.0f} GFLOP/s in the faster dtype ({peaks[0] / 1e9:,.0f} "
-        f"before, {peaks[1] / 1e9:,.0f} after)\n"
-        f"MFU          {flops * median / peak:.3f} = {flops:,} FLOPs per token x tokens/s / "
-        "matmul peak"
-    )
 
 
 def seconds(machine, function, *args):
@@ -97,20 +84,13 @@ def seconds(machine, function, *args):
 
 
 def matmul_peak(machine):
-    """FLOP/s of all ranks on square matrices, in the dtype that this machine multiplies faster; the
-    median of half a second."""
+    """FLOP/s of all ranks on square matrices in the compute dtype; the median of half a second."""
     n = 2048 if machine.device.type == "cpu" else 8192
-    dtypes = {torch.float32, machine.dtype}
-    if machine.device.type == "cpu" and has_bfloat16():
-        dtypes.add(torch.bfloat16)
-    peaks = []
-    for dtype in sorted(dtypes, key=str):  # in one order on all ranks
-        a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
-        multiply, times = functools.partial(torch.mm, a, b, out=torch.empty_like(a)), []
-        while sum(times) < 0.5:
-            times.append(seconds(machine, multiply))
-        peaks.append(sum(machine.gather(2 * n**3 / statistics.median(times))))
-    return max(peaks)
+    a, b = (torch.randn(n, n, device=machine.device).to(machine.dtype) for _ in range(2))
+    multiply, times = functools.partial(torch.mm, a, b, out=torch.empty_like(a)), []
+    while sum(times) < 0.5:
+        times.append(seconds(machine, multiply))
+    return sum(machine.gather(2 * n**3 / statistics.median(times)))
 
 
 def peak_bytes(device):

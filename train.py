@@ -217,7 +217,6 @@ class Run:
             separator=self.dataset.separator,
             step=self.state.step,
             config=self.config.plain(),
-            device=self.machine.device.type,
         )
 
     def figures_of(self, split):
@@ -298,7 +297,7 @@ def eval_only(config, machine):
     model = LanguageModel.from_checkpoint(with_context(checkpoint, context)).to(machine.device)
     dtype = config.dtype if "dtype" in named else "auto"
     config = config.changed(dtype=dtype, d_model=args["d_model"], d_ff=args["d_ff"])
-    config = settle_dtype(config, machine, old.get("dtype"), checkpoint.get("device"))
+    config = settle_dtype(config, machine, old)
 
     if config.eval_stride > context:
         raise UserError(

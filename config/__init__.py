@@ -50,7 +50,7 @@ class Config:
     block: str = setting("gpt2", "modern: experiment 6's block", choices=("gpt2", "modern"))
     head_bias: bool = setting(True, "add a bias over the vocabulary; GPT-2 has none")
     unigram_bias: bool = setting(False, "begin with the head's bias at the log token frequencies")
-    init_from: str = setting("", "weights to begin with: best.pt, gpt2 or a folder", path=True)
+    init_from: str = setting("", "weights to begin with: best.pt or a folder of GPT-2's", path=True)
 
     batch_size: int = setting(32, "sequences per step, over all ranks", low=1, group="training")
     micro_batch_size: int = free(0, "sequences per forward pass and rank (0: what fits)", low=0)

@@ -12,7 +12,7 @@ Recorded: nothing yet.
 """
 
 dataset = "wikitext-103"
-init_from = "gpt2"
+init_from = "gpt2"  # a folder; docs/finetuning.md has the command that fetches it
 max_seq_len = 1024
 dropout = 0.1
 

@@ -172,17 +172,6 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-@contextlib.contextmanager
-def fits_memory(phrase):
-    """Raise UserError, which says `phrase`, where memory is full within the `with`."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(phrase) from None
-
-
 def newest_checkpoint(folder):
     """(checkpoint, path) of the newest valid checkpoint in a run's folder, (None, None) where there
     is none. A damaged last.pt is put aside, with a warning, and prev.pt taken. Raises UserError if
@@ -281,7 +270,6 @@ class Folder:
             began=read_json(path).get("began") or time.strftime("%Y-%m-%d %H:%M:%S"),
             commit=commit(),
             machine=f"{machine}, {machine.device_name()}",
-            device=machine.device.type,
             versions=f"Python {platform.python_version()}, torch {version('torch')}",
         )
         try:

@@ -5,34 +5,33 @@ from dataclasses import dataclass
 import torch
 
 from lab.graph import captured
+from lab.settings import setting
 
 
 @dataclass
 class SamplingOptions:
     """How the next token is drawn."""
 
-    temperature: float = 0.8  # 0 takes the likeliest
-    top_k: int = 200  # only the k likeliest, 0 for all
-    top_p: float = 1.0  # only the likeliest whose probability reaches it
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    temperature: float = setting(0.8, "0 takes the likeliest token", low=0, below=1e6)
+    top_k: int = setting(200, "draw from the k likeliest, 0 for all", low=0)
+    top_p: float = setting(1.0, "draw from the likeliest that reach p, 1 for all", low=0)
+    repetition_penalty: float = setting(1.0, "above 1: against repeats", low=0.01, below=1e6)
+    seed: int = setting(0, "text i draws with seed + i", low=0, below=2**62)
 
 
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """Draw the next ids: logits (B, V) float32, uniform (B,) float32 in [0, 1] -> (B,) int64, all
     on one device, and without waiting for it. The rest is as in SamplingOptions; top_p is nucleus
     sampling (Holtzman et al. 2020). Logits that are not finite give any id."""
-    if temperature == 0:
+    if temperature < 1e-30:  # which would be 0 in float32
         return logits.argmax(-1)
     ids, k = None, min(top_k or logits.shape[-1], logits.shape[-1])
     if k < logits.shape[-1] or top_p < 1:
         logits, ids = logits.topk(k)  # in falling order
-    # temperature and top_p may be so near to 0 that they would be 0 in float32
-    temperature, top_p = max(temperature, 1e-30), max(top_p, 1e-30)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     p = torch.softmax(logits, -1)
     if top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the likelier ones alone reach top_p
+        p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)  # the likelier ones alone reach top_p
     reached = p.cumsum(-1)
     total = reached[:, -1:]
     point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
@@ -52,106 +51,91 @@ class Texts:
         self.model, self.options = model, options
         self.cache = model.cache(B, fixed=graph)
         self.ids = torch.zeros(B, dtype=torch.int64, device=device)  # each text's last
-        self.logprobs = torch.zeros(B, device=device)  # what the model gave it, nats
         self.uniform = torch.zeros(B, device=device)  # what chooses the next
         self.seen = torch.zeros(B, model.args["vocab_size"], dtype=torch.bool, device=device)
         self.step = captured(self.grow, device) if graph else self.grow
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens):
-        """Continue prompts (B lists of ids, of any lengths). Yields max_new_tokens times (ids,
-        logprobs), two lists of B: each row's next id and its log-probability, nats, by the model.
+        """Continue prompts (B lists of ids, of any lengths). Yields max_new_tokens times a list of
+        B ids, each text's next.
 
         Row i draws with seed + i, whatever stands beside it. A row that has filled the context goes
         on from its last half, as if that were the prompt: learned positions cannot slide by one.
         """
         context = self.model.args["max_seq_len"]
-        half = max(1, context // 2)
         rows = [list(prompt) for prompt in prompts]
         lengths = [min(len(row), context) for row in rows]  # of what each goes on from
-        self.begin(rows)
+        unread = list(range(len(rows)))
+        self.ids.copy_(torch.tensor([row[-1] for row in rows]))
+        self.seen.zero_()
+        for seen, row in zip(self.seen, rows, strict=True):
+            seen[row] = True
         uniform = draws(len(rows), max_new_tokens, self.options.seed).to(self.uniform.device)
         for step in range(max_new_tokens):
+            if unread:  # but for the last ids, which grow() reads
+                self.model.prefill([rows[i][-lengths[i] : -1] for i in unread], self.cache, unread)
             self.uniform.copy_(uniform[:, step])
             self.step()
-            # one copy from the device for both; float32 holds every id exactly
-            ids, logprobs = torch.stack((self.ids.float(), self.logprobs)).tolist()
-            ids = [int(id) for id in ids]
-            yield ids, logprobs
+            ids = self.ids.tolist()
+            yield ids
 
             for row, id in zip(rows, ids, strict=True):
                 row.append(id)
-            full = [i for i, length in enumerate(lengths) if length == context]
+            unread = [i for i, length in enumerate(lengths) if length == context]
+            half = max(1, context // 2)
             lengths = [half if length == context else length + 1 for length in lengths]
-            if full:
-                self.model.prefill([rows[i][-half:-1] for i in full], self.cache, full)
-
-    def begin(self, prompts):
-        """Read the prompts into the cache, but for the last ids, which grow() reads."""
-        context, rows = self.model.args["max_seq_len"], list(range(len(prompts)))
-        self.model.prefill([prompt[-context:-1] for prompt in prompts], self.cache, rows)
-        self.ids.copy_(torch.tensor([prompt[-1] for prompt in prompts]))
-        self.seen.zero_()
-        for row, prompt in zip(self.seen, prompts, strict=True):
-            row[prompt] = True
 
     def grow(self):
         """Read each text's last id, and draw the next."""
         options = self.options
-        logits = next_logits(self.model, self.model.decode(self.ids, self.cache))
+        logits = self.model.head(self.model.decode(self.ids, self.cache))
         # ids seen before become less likely (CTRL, Keskar et al. 2019)
         penalty = options.repetition_penalty
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         allowed = torch.where(self.seen, penalised, logits)
         ids = choose(allowed, self.uniform, options.temperature, options.top_k, options.top_p)
-        picked = logits.gather(1, ids[:, None]) - logits.logsumexp(1, keepdim=True)
         self.ids.copy_(ids)
-        self.logprobs.copy_(picked[:, 0])
         self.seen.scatter_(1, ids[:, None], True)
 
 
 def draws(B, steps, seed):
     """The random numbers that choose tokens, (B, steps) float32: row i's follow from seed + i."""
-    rows = []
-    for i in range(B):
-        generator = torch.Generator().manual_seed(seed + i)
-        # the 53 bits of torch.rand in float64, a dtype that MPS does not have
-        rows.append(torch.randint(2**53, (steps,), generator=generator) / 2**53)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(B)]
+    # the 53 bits of torch.rand in float64, a dtype that MPS does not have
+    rows = [torch.randint(2**53, (steps,), generator=each) / 2**53 for each in generators]
     return torch.stack(rows)
-
-
-def next_logits(model, x):
-    """x (B, D) -> logits (B, V)."""
-    if len(x) == 1 or x.is_cuda:
-        return model.head(x)
-    # for a few rows this order is twice as fast on a CPU
-    logits = torch.addmm(model.head_bias[:, None], model.token_embedding.weight, x.t())
-    return logits.t().contiguous()
 
 
 # --- where a text ends
 
 
-def end_of_text(separator, encoding):
-    """The id with which a model ends a text, None if its data set had no such id."""
-    return encoding.eot_token if separator == "endoftext" else None
+def write_on(texts, encoding, separator, prompts, max_new_tokens):
+    """Continue prompts (B str). Yields after each step B lists of the ids that continue them, the
+    same lists every time.
 
-
-def prompt_ids(prompt, encoding, end):
-    """A prompt's ids. An empty one is the end of the text before, where the model knows that, and
-    else a newline."""
-    return encoding.encode_ordinary(prompt or ("\n" if end is None else "")) or [end]
+    A model whose data set has separator endoftext ends a text by that id, which is not among them,
+    and takes an empty prompt for the end of the text before; others take it for a newline.
+    """
+    end = encoding.eot_token if separator == "endoftext" else None
+    empty = [end] if end else encoding.encode_ordinary("\n")
+    batch = [encoding.encode_ordinary(prompt) or empty for prompt in prompts]
+    rows, live = [[] for _ in batch], range(len(batch))
+    for ids in texts.generate(batch, max_new_tokens):
+        live = [i for i in live if ids[i] != end]
+        for i in live:
+            rows[i].append(ids[i])
+        yield rows
+        if not live:
+            break
 
 
 def continue_texts(model, encoding, prompts, separator, max_new_tokens):
     """[[prompt, continuation]] of texts, for the notebook. Draws from generators of its own, so
     that looking changes nothing."""
-    end = end_of_text(separator, encoding)
-    ids = [prompt_ids(prompt, encoding, end) for prompt in prompts]
     was_training = model.training
     model.eval()
-    texts = Texts(model, len(ids), SamplingOptions())
-    steps = [new for new, _ in texts.generate(ids, max_new_tokens)]
+    texts = Texts(model, len(prompts), SamplingOptions())
+    *_, rows = write_on(texts, encoding, separator, prompts, max_new_tokens)
     model.train(was_training)
-    rows = [row[: row.index(end)] if end in row else row for row in zip(*steps, strict=True)]
     return [[prompt, encoding.decode(row)] for prompt, row in zip(prompts, rows, strict=True)]

@@ -4,7 +4,7 @@ import torch
 
 from lab.console import UserError
 from lab.data import log_frequencies
-from lab.folder import fits_memory, metadata_of
+from lab.folder import metadata_of
 from lab.gpt2 import open_weights
 from lab.machine import choose_dtype
 from model import LanguageModel
@@ -17,34 +17,28 @@ def settle(config, machine, dataset=None):
     """(the Config with the shape and the compute dtype that a run will have, the weights of
     init_from as a state_dict on the CPU or None). A run that goes on keeps its shape. dataset:
     whose tokens the weights must read. Raises UserError."""
-    metadata = machine.from_rank_0(lambda: metadata_of(config.out_dir)) if config.resume else {}
-    old, weights = metadata.get("config", {}), None
+    old, weights = {}, None
+    if config.resume:
+        old = machine.from_rank_0(lambda: metadata_of(config.out_dir)).get("config", {})
     if config.init_from and old:
-        # what is named otherwise is for the run's folder to refuse
-        kept = {name: old[name] for name in SHAPE if name in old and name not in config.named}
-        config = config.changed(**kept)
+        config = with_shape_of(config, old)
     elif config.init_from:
         checkpoint = open_weights(config.init_from)
         if dataset:
             check_vocabulary(checkpoint, dataset, config.init_from)
-        config = with_shape_of(config, checkpoint)
+        config = with_shape_of(config, checkpoint["model_args"])
         checkpoint = with_context(checkpoint, config.max_seq_len)
         weights = LanguageModel.from_checkpoint(checkpoint).state_dict()
-    return settle_dtype(config, machine, old.get("dtype"), metadata.get("device")), weights
+    return settle_dtype(config, machine, old), weights
 
 
-def settle_dtype(config, machine, old_dtype=None, old_device=None):
+def settle_dtype(config, machine, old):
     """The Config with its compute dtype, which becomes the Machine's too: as the user names it, as
-    it was on the same kind of device, or as choose_dtype() says."""
-    kind = machine.device.type
-    if config.dtype == "auto" and old_dtype and old_device in (None, kind):
-        machine.dtype = getattr(torch, old_dtype)
-    else:
-        machine.dtype, machine.why = machine.from_rank_0(lambda: choose_dtype(config, machine))
-    name = str(machine.dtype).removeprefix("torch.")
-    if old_dtype not in (None, name):
-        machine.say(f"the compute dtype was {old_dtype} until here, and is {name} from here on")
-    return config.changed(dtype=name)
+    it was in the config `old`, a dict, or as choose_dtype() says."""
+    if config.dtype == "auto":
+        config = config.changed(dtype=old.get("dtype", "auto"))
+    machine.dtype, machine.why = machine.from_rank_0(lambda: choose_dtype(config, machine))
+    return config.changed(dtype=str(machine.dtype).removeprefix("torch."))
 
 
 def check_vocabulary(checkpoint, dataset, where):
@@ -57,17 +51,16 @@ def check_vocabulary(checkpoint, dataset, where):
         )
 
 
-def with_shape_of(config, checkpoint):
-    """The Config with a checkpoint's shape. Raises UserError where the user has named another; for
-    another context see with_context()."""
-    theirs = {k: v for k, v in checkpoint["model_args"].items() if k in SHAPE}
-    named = [k for k in theirs if k in config.named and k != "max_seq_len"]
-    differ = {k: theirs[k] for k in named if theirs[k] != getattr(config, k)}
+def with_shape_of(config, theirs):
+    """The Config with the shape of init_from's weights, which is among `theirs`, a dict. Raises
+    UserError where the user has named another; for another context see with_context()."""
+    shape = {k: theirs[k] for k in SHAPE if k in theirs}
+    named = [k for k in shape if k in config.named]
+    differ = [k for k in named if shape[k] != getattr(config, k) and k != "max_seq_len"]
     if differ:
-        phrase = ", ".join(f"{k} {v}, not {getattr(config, k)}" for k, v in differ.items())
-        words = " ".join(f"--{k} {v}" for k, v in differ.items())
-        raise UserError(f"{config.init_from} has {phrase}; leave that out, or use {words}")
-    return config.changed(**{k: v for k, v in theirs.items() if k not in config.named})
+        words = " ".join(f"--{k} {shape[k]}" for k in differ)
+        raise UserError(f"{config.init_from} has another shape; use {words}, or leave that out")
+    return config.changed(**{k: v for k, v in shape.items() if k not in named})
 
 
 def with_context(checkpoint, context):
@@ -77,10 +70,8 @@ def with_context(checkpoint, context):
     positions = model.get("position_embedding.weight")
     if positions is not None:
         if context > len(positions):
-            raise UserError(
-                f"max_seq_len {context} is more than the {len(positions)} positions that these "
-                f"weights have learned; use --max_seq_len {len(positions)} or less"
-            )
+            fix = f"use --max_seq_len {len(positions)} or less"
+            raise UserError(f"these weights have not learned {context} positions; {fix}")
         model["position_embedding.weight"] = positions[:context]
     return checkpoint | dict(model=model, model_args=args)
 
@@ -100,10 +91,9 @@ def build_model(config, machine, planned, tokens):
     does not fit there."""
     kind, there = machine.device.type, machine.memory()
     wanted = planned.memory_bytes(1, machine.dtype, kind)
-    with fits_memory(
-        f"to train this model takes about {wanted / 1e9:,.1f} GB, and {kind} has "
-        f"{there / 1e9:,.1f} GB per rank; use a smaller --d_model, --d_ff or --num_layers"
-    ):
-        if wanted > there:
-            raise MemoryError
-        return new_model(config, planned.args["vocab_size"], tokens).to(machine.device)
+    if wanted > there:
+        raise UserError(
+            f"to train this model takes about {wanted / 1e9:,.1f} GB, and {kind} has "
+            f"{there / 1e9:,.1f} GB per rank; use a smaller --d_model, --d_ff or --num_layers"
+        )
+    return new_model(config, planned.args["vocab_size"], tokens).to(machine.device)

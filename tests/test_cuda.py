@@ -242,12 +242,11 @@ def test_text_is_the_cpu_s(tiny, capsys):
     prompts, texts = [[5], [7, 8, 9, 10]], []
     for device, graph in (("cpu", False), ("cuda", False), ("cuda", True)):
         greedy = Texts(best.to(device), 2, SamplingOptions(0), graph)
-        drawn = greedy.generate(prompts, 40)
-        texts.append([ids for ids, _ in drawn])
+        texts.append([*greedy.generate(prompts, 40)])
     assert texts[0] == texts[1] == texts[2]
     options = SamplingOptions(1.0, 20, 0.9, 1.3, seed=2)
     one, two = (Texts(best, 2, options, graph) for graph in (False, True))
     for more in prompts, prompts[::-1]:  # a captured step serves other prompts, too
-        ids = [[ids for ids, _ in texts.generate(more, 40)] for texts in (one, two)]
+        ids = [[*texts.generate(more, 40)] for texts in (one, two)]
         assert ids[0] == ids[1]
     assert capsys.readouterr().err.count("no CUDA graph") == 0

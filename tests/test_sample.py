@@ -2,11 +2,10 @@ import io
 import json
 import os
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import assert_near, near, refuse_float64
+from helpers import refuse_float64
 
 import sample
 from lab.console import UserError
@@ -42,10 +41,6 @@ def loud(context=8, layers=2, block="gpt2"):
     return model
 
 
-# loud()'s logits: in each of two layers eight sums over 8 or 16, then the last norm and the head
-LOGITS = near(torch.float32, 2 * 8 * 16 + 2 * 8)
-
-
 def say(capsys, *words):
     sample.main([*words, "--max_new_tokens", "12", "--device", "cpu"])
     return capsys.readouterr()
@@ -54,29 +49,26 @@ def say(capsys, *words):
 # --- the cache, against the whole forward pass
 
 
-@pytest.mark.arithmetic
 @torch.no_grad()
 @pytest.mark.parametrize("block", ["gpt2", "modern"])
 @pytest.mark.parametrize("context, graph", [(1, False), (7, False), (8, True)])
-def test_ids_and_logprobs_past_the_context_are_those_of_the_slow_path(context, graph, block):
+def test_ids_past_the_context_are_those_of_the_slow_path(context, graph, block):
     """The slow path does the same without a cache: a full context goes on from its last half."""
     model, prompts = loud(context, block=block), [[5], [9, 8, 7], list(range(20))]
     texts = Texts(model, 3, SamplingOptions(0.7, 50, 1.0, 2.0, seed=3), graph)
-    steps, logprobs = zip(*texts.generate(prompts, 25), strict=True)
+    steps = [*texts.generate(prompts, 25)]
     for row, (prompt, uniform) in enumerate(zip(prompts, draws(3, 25, 3), strict=True)):
-        seen, out, expected = prompt[-context:], [], []
+        seen, out = prompt[-context:], []
         for u in uniform:
             logits = model(torch.tensor([seen]))[:, -1]
             careful = torch.where(logits > 0, logits / 2, logits * 2)
             said = torch.zeros(1, 60, dtype=torch.bool)
             said[0, prompt + out] = True
             out.append(int(choose(torch.where(said, careful, logits), u[None], 0.7, 50)))
-            expected.append(logits.log_softmax(-1)[0, out[-1]])
             seen = seen + out[-1:]
             if len(seen) > context:
                 seen = seen[-max(1, context // 2) :]
         assert out == [ids[row] for ids in steps] and len(set(out)) > 3
-        assert_near(torch.tensor([each[row] for each in logprobs]), torch.stack(expected), LOGITS)
 
 
 # --- choices
@@ -119,7 +111,7 @@ def test_text_begins_with_its_start_and_follows_from_the_seed(checkpoint, capsys
     start = "The cat sat on the"
     first = say(capsys, "--start", start)
     assert first.out.startswith(start) and len(first.out) > len(start) + 12
-    assert "out/run/best.pt" in first.err and "12.50" in first.err
+    assert "out/run/best.pt" in first.err
     assert say(capsys, "--start", start).out == first.out
     assert say(capsys, "--start", start, "--seed", "1").out != first.out
     three = say(capsys, "--start", start, "--num_samples", "3").out.split("\n---\n")
@@ -129,19 +121,12 @@ def test_text_begins_with_its_start_and_follows_from_the_seed(checkpoint, capsys
 def test_characters_are_printed_whole(checkpoint, monkeypatch):
     ids = load_tokenizer().encode("naïve 日本 🙂")
     assert len(ids) > 7  # some tokens end inside a character
-    monkeypatch.setattr(Texts, "generate", lambda *_: iter([[id], [0.0]] for id in ids))
+    monkeypatch.setattr(Texts, "generate", lambda *_: iter([id] for id in ids))
     out, written = io.StringIO(), []
     monkeypatch.setattr("sys.stdout", out)
     monkeypatch.setattr(out, "write", written.append)
     sample.main(["--start", "A ", "--device", "cpu"])
-    assert "".join(written) == "A naïve 日本 🙂\n" and "日" in written
-
-
-def test_start_from_a_file_and_a_long_start(checkpoint, capsys, tmp_path):
-    (tmp_path / "prompt.txt").write_text("naïve text", encoding="utf-8")
-    assert say(capsys, "--start", "FILE:prompt.txt").out.startswith("naïve text")
-    long = "longer than the context " * 9
-    assert say(capsys, "--start", long, "--top_k", "99999").out.startswith(long)
+    assert "".join(written) == "A naïve 日本 🙂\n" and " 日" in written
 
 
 def test_prompts_of_a_file_as_lines_of_json(checkpoint, capsys, tmp_path):
@@ -153,10 +138,10 @@ def test_prompts_of_a_file_as_lines_of_json(checkpoint, capsys, tmp_path):
     texts = [json.loads(line) for line in say(capsys, *words).out.split("\n")[:-1]]
     assert [text["prompt"] for text in texts] == [first] * 2 + ["In mathematics, one"] * 2
     for text in texts:
-        assert len(text["tokens"]) == 12 and text["logprob"] < 0
+        assert len(text["tokens"]) == 12
         assert load_tokenizer().decode(text["tokens"]) == text["text"]
     alone = say(capsys, "--start", first, "--format", "jsonl").out
-    assert json.loads(alone) == texts[0] | {"logprob": pytest.approx(texts[0]["logprob"])}
+    assert json.loads(alone) == texts[0]
 
 
 def test_interactive(checkpoint, capsys, monkeypatch):
@@ -164,7 +149,7 @@ def test_interactive(checkpoint, capsys, monkeypatch):
     cat, dog = (say(capsys, *words, "--start", start).out for start in ("The cat", "The dog"))
     monkeypatch.setattr("sys.stdin", io.StringIO("The cat\nThe dog\nThe cat\n"))
     shown = say(capsys, *words, "--interactive")
-    assert shown.out == cat + dog + cat and shown.err.count("> ") == 4
+    assert shown.out == cat + dog + cat
 
 
 def leave(name, when, bits=None):
@@ -178,53 +163,34 @@ def leave(name, when, bits=None):
         path.with_name("final.json").write_text(json.dumps(figures))
 
 
-def test_the_run_trained_last_is_found(in_tmp):
+def test_the_newest_best_pt_is_found_and_a_sweep_s_best(in_tmp):
     with pytest.raises(UserError, match="train.py"):
-        find_checkpoint()
+        find_checkpoint("")
     leave("older", 100)
     leave("run", 200)
-    assert str(find_checkpoint()) == "out/run/best.pt"
-    # its training goes on: now it is the newer, and best.pt its best
-    Path("out/older/last.pt").touch()
-    assert str(find_checkpoint()) == "out/older/best.pt"
-    os.rename("out/run", "elsewhere")
-    os.symlink("../elsewhere", "out/run")
-    assert str(find_checkpoint("out/run")) == "out/run/best.pt"
+    assert find_checkpoint("") == "out/run/best.pt"
+    assert find_checkpoint("out/older") == "out/older/best.pt"
     with pytest.raises(UserError, match="out/none.*out/run"):
         find_checkpoint("out/none")
-
-
-def test_a_sweep_s_best_run_is_found(in_tmp):
     for when, (name, bits) in enumerate(dict(a=3.0, b=2.5, c=None).items()):
         leave(f"sweep/{name}", when, bits)
-    Path("out/sweep/sweep.json").write_text("{}")
-    assert str(find_checkpoint("out/sweep")) == "out/sweep/b/best.pt"
+    assert find_checkpoint("out/sweep") == "out/sweep/b/best.pt"
     os.remove("out/sweep/b/final.json")  # it is not finished
-    assert str(find_checkpoint("out/sweep")) == "out/sweep/a/best.pt"
+    assert find_checkpoint("out/sweep") == "out/sweep/a/best.pt"
 
 
 def test_mistakes_are_named(checkpoint):
-    Path("empty.txt").write_text("\n")
     for words, names in (
-        ("--top_p 0", "top_p"),
+        ("--top_p -1", "top_p"),
         ("--checkpoint none.pt", "none.pt"),
-        ("--start FILE:~/none.txt", str(Path.home())),
-        ("--prompts empty.txt", "empty.txt"),
+        ("--prompts ~/none.txt", str(Path.home())),
         ("--prompts x --interactive", "interactive"),
         ("--prompts x --start y", "start"),
         ("--out_dir out --checkpoint x.pt", "checkpoint"),
-        ("--drop_head_bias", "export"),
         ("Hello", '--start "'),
     ):
         with pytest.raises(UserError, match=names):
             sample.main(words.split())
-
-
-def test_more_texts_than_memory_holds_is_one_line(checkpoint, monkeypatch):
-    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    monkeypatch.setattr(sample, "Texts", Mock(side_effect=full))
-    with pytest.raises(UserError, match="9,000 texts.*--num_samples"):
-        sample.main(["--num_samples", "9000"])
 
 
 def test_a_model_that_cannot_go_on_is_one_line(checkpoint, capsys):
@@ -234,9 +200,8 @@ def test_a_model_that_cannot_go_on_is_one_line(checkpoint, capsys):
     model = LanguageModel(50257, 8, 8, 2, 16, 1)
     model.final_norm.weight.data[3] = torch.nan
     save(model, checkpoint)
-    for words in (), ("--temperature", "0"), ("--top_k", "0"):
-        with pytest.raises(UserError, match="not finite"):
-            sample.main(["--max_new_tokens", "3", *words])
+    with pytest.raises(UserError, match="not finite"):
+        sample.main(["--max_new_tokens", "3"])
     assert capsys.readouterr().out == ""
 
 
