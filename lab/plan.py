@@ -13,24 +13,21 @@ from lab.trainer import micro_batch_size
 
 def describe(config, dataset, model, batches, total_steps):
     """What the run is, a dict for run.json."""
-    return dict(
-        name=config.name,
-        doc=config.doc,
-        file=config.file,
-        given=config.given,
-        departs=config.departs,
+    own = {name: getattr(config, name) for name in ("name", "doc", "file", "given", "departs")}
+    data = dict(
+        source=dataset.source["name"],
+        tokenizer=dataset.tokenizer,
+        separator=dataset.separator,
+        splits={split: vars(counts) for split, counts in dataset.counts.items()},
+    )
+    return own | dict(
         config=config.plain() | {"warmup_steps": warmup_of(config, total_steps)},
         steps=total_steps,
         step_tokens=batches.step_tokens,
         parameters=model.count(),
         flops_per_token=model.flops_per_token(),
         vocab_size=dataset.vocab_size,
-        data=dict(
-            source=dataset.source["name"],
-            tokenizer=dataset.tokenizer,
-            separator=dataset.separator,
-            splits={split: vars(counts) for split, counts in dataset.counts.items()},
-        ),
+        data=data,
     )
 
 
