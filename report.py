@@ -219,60 +219,45 @@ def draw(texts):
 
 
 def draw_sweep(groups, vary, measure):
-    """A figure of groups' means, with their standard deviations, against the numeric setting of
-    `vary` with most values: a curve for each combination of the others. None without one."""
-    values = {name: {g[0]["settings"][name] for g in groups} for name in vary if name != "seed"}
-    numeric = [name for name in values if all(type(x) in (int, float) for x in values[name])]
-    name = max(numeric, key=lambda name: len(values[name]), default=None)
-    if len(values.get(name, ())) < 2:
-        return None
-    curves = {}  # {the other settings: [(value, mean, deviation)]}
-    for group in sorted(groups, key=lambda group: group[0]["settings"][name]):
-        settings = group[0]["settings"]
-        others = ", ".join(f"{k}={settings[k]}" for k in values if k != name)
-        mean, deviation = mean_of(figures_of(group, measure))
-        point = settings[name], mean, deviation or math.nan  # nan: no bar
-        curves.setdefault(others, []).append(point)
+    """A figure of groups' means, with their standard deviations."""
     picture, (axes,) = notebook.figure(1)
-    for others, curve in curves.items():
-        points = zip(*curve, strict=True)
-        axes.errorbar(*points, fmt="o-", markersize=4, capsize=3, label=others)
-    lowest, highest = min(values[name]), max(values[name])
-    axes.set_xscale("log" if 0 < 4 * lowest <= highest else "linear")
-    axes.set(xlabel=name, ylabel=f"validation {UNITS[measure]}")
-    if len(curves) > 1:
-        axes.legend(fontsize=8)
+    for group in groups:
+        settings = group[0]["settings"]
+        label = "\n".join(f"{name} {settings[name]}" for name in vary if name != "seed")
+        mean, deviation = mean_of(figures_of(group, measure))
+        axes.errorbar(mean, label, xerr=deviation, fmt="o", color="C0", capsize=3)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"validation {UNITS[measure]}")
     return picture
 
 
 def write_sweep(folder):
-    """Write a sweep's sweep.png and notebook.md anew, each file whole. Raises OSError."""
+    """Write a sweep's sweep.png and notebook.md anew, each file whole. Returns (when its first run
+    began, its entry as Markdown). Raises OSError."""
     notebook.invite(folder)
-    texts, vary = texts_of(runs_in([folder])), read_json(f"{folder}/sweep.json")["vary"]
-    groups = [group for group in groups_of(texts[0]) if group[0]["saved"].counts]
-    picture = draw_sweep(groups, vary, measure_of(texts[0]))
-    if picture and len(texts) == 1:
-        notebook.write_picture(f"{folder}/sweep.png", picture)
-    notebook.write_page(f"{folder}/notebook.md", sweep_entry(folder)[1])
-
-
-def sweep_entry(folder, there=""):
-    """(when a sweep's first run began, its entry as Markdown). there: as notebook.entry() has it.
-    Raises OSError."""
     sweep, runs = read_json(f"{folder}/sweep.json"), runs_in([folder])
-    began, name = min(run.metadata["began"] for run in runs), os.path.basename(folder)
-    pages = [f"- [{r.name}]({there}{quote(r.name)}/notebook.md): {r.state}" for r in runs]
-    picture = [f"![the runs' figures]({there}sweep.png)"]
+    texts, name = texts_of(runs), os.path.basename(os.path.abspath(folder))
+    began = min(saved.metadata["began"] for saved in runs)
+    pages = [f"- [{r.name}]({quote(r.name)}/notebook.md): {r.state}" for r in runs]
     paragraphs = [
         f"# Sweep of {', '.join(sweep['vary'])} - {began[:10]} ({name})",
         f"`{sweep['command']}`",
-        markdown(texts_of(runs)),
-        *(picture if os.path.exists(f"{folder}/sweep.png") else []),
+        markdown(texts),
         "## Runs",
         "\n".join(pages),
-        *notebook.conclusion_part(folder, there),
+        *notebook.conclusion_part(folder),
     ]
-    return began, "\n\n".join(paragraphs) + "\n"
+    # in the order of the grid
+    groups = {group[0]["saved"].name: group for group in groups_of(texts[0])}
+    groups = [groups[name] for name in sweep["steps"] if name in groups]
+    groups = [group for group in groups if group[0]["saved"].counts]
+    if groups and len(texts) == 1:
+        picture = draw_sweep(groups, sweep["vary"], measure_of(runs))
+        notebook.write_picture(f"{folder}/sweep.png", picture)
+        paragraphs.insert(3, "![the runs' figures](sweep.png)")
+    text = "\n\n".join(paragraphs) + "\n"
+    notebook.write_page(f"{folder}/notebook.md", text)
+    return began, text
 
 
 # --- the command
@@ -282,19 +267,15 @@ def write_pages(path, runs, sweeps, text):
     """Write the entries of SavedRuns and of sweeps' folders, and join them at `path` below a
     report's text. A sweep's entry stands for its runs, and that of one alone lies at `path`. Raises
     OSError."""
+    entries, home = [], os.path.dirname(path)
     for saved in runs:
-        notebook.write_entry(saved.folder)
+        written = notebook.write_entry(saved.folder)
+        if not saved.sweep:
+            entries.append((*written, quote(os.path.relpath(saved.folder, home))))
     for folder in sweeps:
-        write_sweep(folder)
-    home = os.path.dirname(path)
-    if sweeps == [home]:
-        return
-    entries = []
-    for folder in [*sweeps, *(saved.folder for saved in runs if not saved.sweep)]:
-        there = quote(os.path.relpath(folder, home or ".")) + "/"
-        make = sweep_entry if folder in sweeps else notebook.entry
-        entries.append(make(folder, there))
-    notebook.write_notebook(path, text, entries)
+        entries.append((*write_sweep(folder), quote(os.path.relpath(folder, home))))
+    if sweeps != [home]:
+        notebook.write_notebook(path, text, entries)
 
 
 def main(argv=None):

@@ -23,7 +23,7 @@ from lab.folder import fits_memory, folders_with, read_json
 from lab.generate import Texts, end_of_text, prompt_ids
 from lab.gpt2 import open_weights, write_folder
 from lab.machine import check_compile_cache
-from lab.notebook import perplexity
+from lab.notebook import show
 from lab.settings import command_line, setting
 from model import LanguageModel
 
@@ -218,7 +218,7 @@ def main(argv=None):
     model = LanguageModel.from_checkpoint(checkpoint)
     quality = "not evaluated yet"
     if "metrics" in checkpoint:
-        quality = f"validation perplexity {perplexity(checkpoint['metrics']['val_ppl'])}"
+        quality = f"validation perplexity {show(checkpoint['metrics']['val_ppl'])}"
     print(f"{path}: step {checkpoint['step']:,}, {quality}", file=sys.stderr)
     if options.export:
         return export(model, checkpoint, options)

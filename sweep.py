@@ -49,11 +49,11 @@ def jobs_of(argv):
     names = [name for name, f in fields if name not in OWN and tuple not in types_of(f)]
     configs = load_grid(argv, "sweep.py", Options, names)
     first, ((path, *_), given, _) = configs[0], split_words(Options, argv)
-    values = {name: {getattr(config, name) for config in configs} for name in names}
-    if all(len(there) == 1 for there in values.values()):
+    if len(configs) == 1:
         raise UserError("no setting has several values; try --seed 0,1,2")
     # the seed always, so that more of them may be added
-    vary = [name for name in names if len(values[name]) > 1 or name == "seed"]
+    differ = [name for name in names if len({getattr(config, name) for config in configs}) > 1]
+    vary = [name for name in names if name in (*differ, "seed")]
     top = first.out_dir if "out_dir" in given else os.path.join("out", f"{first.name}-sweep")
 
     # one dtype for all; printed commands may run on another machine, which then chooses

@@ -24,16 +24,11 @@ SHAPE = "max_seq_len d_model num_heads d_ff num_layers dropout block head_bias u
 # --- figures as people read them
 
 
-def perplexity(value):
-    """A perplexity: 46.33, and from a million on 6.6e10."""
-    return f"{value:,.2f}" if value is not None and value < 1e6 else show(value)
-
-
 def perplexities(figures, prefix=""):
     """Perplexities and bits per byte as a phrase, the latter first where no words are counted."""
     ppl, word, bits = (figures[prefix + name] for name in ("ppl", "ppl_word", "bits_per_byte"))
-    token, bits = f"perplexity {perplexity(ppl)} per token", f"{show(bits)} bits per byte"
-    return f"{token}, {perplexity(word)} per word, {bits}" if word else f"{bits}, {token}"
+    token, bits = f"perplexity {show(ppl)} per token", f"{show(bits)} bits per byte"
+    return f"{token}, {show(word)} per word, {bits}" if word else f"{bits}, {token}"
 
 
 def show(value):
@@ -71,18 +66,14 @@ def facts(metadata):
     }
 
 
-def verdicts(c, ppl, so_far=""):
-    """How a perplexity compares with what a config, as a dict, expects and what was recorded: a
-    list of sentences."""
-    sentences = []
-    if c["expected_ppl"]:
-        low, high = c["expected_ppl"]
-        ppl = math.inf if ppl is None else ppl
-        met = "exceeded" if ppl < low else "met" if ppl <= high else "not met"
-        sentences.append(f"Expected {low:g} to {high:g}: {met}{so_far}.")
-    if c["recorded_ppl"]:
-        sentences.append(f"The original notebook recorded {c['recorded_ppl']:g}.")
-    return sentences
+def verdict(c, ppl):
+    """How a perplexity compares with what a config, as a dict, expects; "" if it expects none."""
+    if not c["expected_ppl"]:
+        return ""
+    low, high = c["expected_ppl"]
+    ppl = math.inf if ppl is None else ppl
+    met = "exceeded" if ppl < low else "met" if ppl <= high else "not met"
+    return f"Expected {low:g} to {high:g}: {met}."
 
 
 def table(head, rows):
@@ -134,23 +125,21 @@ def best_of(evaluations):
 
 
 def write_entry(folder):
-    """Write a run's curve.png and notebook.md anew, each file whole; nothing without a run.json.
-    Raises OSError."""
+    """Write a run's curve.png and notebook.md anew, each file whole. Returns (when it began, its
+    entry as Markdown). Raises OSError."""
     run = SavedRun(folder)
-    if not run.metadata:
-        return
+    text = entry(run)
     invite(folder)
     if run.evaluations:
         picture, (axes,) = figure(1)
         draw_run(axes, run)
         write_picture(f"{folder}/curve.png", picture)
-    write_page(f"{folder}/notebook.md", entry(folder)[1])
+    write_page(f"{folder}/notebook.md", text)
+    return run.metadata["began"], text
 
 
-def entry(folder, there=""):
-    """(when a run began, its notebook entry as Markdown). there: the folder as links have it, with
-    a slash, for a page that lies elsewhere. Raises OSError."""
-    run = SavedRun(folder)
+def entry(run):
+    """A run's notebook entry, Markdown."""
     metadata, c = run.metadata, run.metadata["config"]
     title, question, expected = opening(run, c)
 
@@ -185,10 +174,10 @@ def entry(folder, there=""):
         "## Expected",
         expected,
         "## Results",
-        *(results_part(run, c, there) if run.evaluations else ["No evaluation yet."]),
-        *conclusion_part(run.folder, there),
+        *(results_part(run, c) if run.evaluations else ["No evaluation yet."]),
+        *conclusion_part(run.folder),
     ]
-    return metadata["began"], "\n\n".join(paragraphs) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def opening(run, c):
@@ -218,24 +207,23 @@ def given_part(metadata, c):
     return [fenced(metadata["command"]), changed if rows else same]
 
 
-def results_part(run, c, there):
+def results_part(run, c):
     """The entry's paragraphs on what came of it."""
     best, last, rows = best_of(run.evaluations), run.last, []
     for line in run.evaluations:
         losses = [f"{line[key] or math.nan:.4f}" for key in ("train_loss", "val_loss")]
-        rows.append(
-            [f"{line['epoch']:.2f}", show(line["step"]), *losses, perplexity(line["val_ppl"])]
-        )
+        perplexity = show(line["val_ppl"])
+        rows.append([f"{line['epoch']:.2f}", show(line["step"]), *losses, perplexity])
     final = [[split, *map(show, values.values())] for split, values in run.final.items()]
     speed = f", {run.speed:,.0f} tokens per second in the median" if run.speed else ""
     samples = [f"Prompt: {json.dumps(start)}\n{fenced(t)}" for start, t in best.get("samples", ())]
     paragraphs = [
         table(["epoch", "step", "train loss", "val loss", "val perplexity"], rows),
-        f"![loss]({there}curve.png)",
+        "![loss](curve.png)",
         f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, "
         f"{perplexities(best, 'val_')}.**",
         final and table(["at the best", *run.final["val"]], final),
-        *verdicts(c, best["val_ppl"], "" if run.final else " so far"),
+        verdict(c, best["val_ppl"]),
         f"{'Finished' if run.final else 'So far'}: {last['step']:,} of {run.metadata['steps']:,} "
         f"steps in {last['elapsed_s'] / 60:,.1f} minutes{speed}, {last.get('skipped', 0)} steps "
         "skipped.",
@@ -261,12 +249,10 @@ def invite(folder):
         write_text(path, f"{INVITES}The entry shows this file at its end.)\n")
 
 
-def conclusion_part(folder, there=""):
-    """An entry's paragraphs on what the user wrote in conclusion.md, none if nothing. Relative
-    links begin with `there`."""
+def conclusion_part(folder):
+    """An entry's paragraphs on what the user wrote in conclusion.md, none if nothing."""
     lines = read_bytes(f"{folder}/conclusion.md").decode("utf-8-sig", "replace").splitlines()
     words = "\n".join(line for line in lines if not line.startswith(INVITES)).strip("\n")
-    words = re.sub(r"\]\(<?(?!(?i:[a-z]+:)|[/#<])", rf"\g<0>{there}", words)
     return ["## Conclusion", words] if words else []
 
 
@@ -288,15 +274,23 @@ def signed(body):
 
 def write_notebook(path, report, entries):
     """Join entries to one page, in the order in which they began. report: the Markdown above them.
-    entries: [(when it began, Markdown)]. Raises OSError."""
-    parts = [f"# All runs\n\n{report}\n", *(text for _, text in sorted(entries))]
-    contents, text = "# Notebook\n", ""
+    entries: [(when it began, Markdown, its folder as links have it)]. Raises OSError."""
+    parts = [f"# All runs\n\n{report}\n"]
+    block, link = r"^(`{3,}|~{3,}).*?(?:^\1|\Z)", r"\]\(<?(?!(?i:[a-z]+:)|[/#<])"
+    for _, text, folder in sorted(entries):
+        # relative links then begin at the folder, but for what is code
+
+        def moved(found, folder=folder):
+            return found[0] if found[1] else f"{found[0]}{folder}/"
+
+        parts.append(re.sub(rf"(?ms){block}|{link}", moved, text))
+    contents, whole = "# Notebook\n", ""
     for i, part in enumerate(parts):
         title, _, _ = part.partition("\n")
         # anchors of our own, since each reader of Markdown makes others
         contents += f"\n1. [{title.removeprefix('# ')}](#part-{i})"
-        text += f'\n\n<a id="part-{i}"></a>\n\n{part.rstrip()}'
-    write_page(path, f"{contents}{text}\n")
+        whole += f'\n\n<a id="part-{i}"></a>\n\n{part.rstrip()}'
+    write_page(path, f"{contents}{whole}\n")
 
 
 # --- pictures
