@@ -56,11 +56,13 @@ def row_of(run):
     """A SavedRun as a dict: itself, its settings, and the figures of its best evaluation, if it has
     one. A sweep's runs have the sweep's name."""
     metadata, best, c = run.metadata, run.best, run.metadata["config"]
-    settings = {name: c.get(name) for name in [*SETTINGS, *run.sweep.get("vary", ())]}
+    # of a sweep's run as the sweep asked for it, though it was trained further by hand
+    asked = run.sweep.get("runs", {}).get(run.name, {})
+    length = {k: value for k, value in run.sweep.get("config", {}).items() if k in LENGTH}
+    settings = {name: c.get(name) for name in SETTINGS} | length | asked
     row = dict(
         saved=run,
         run=os.path.basename(run.top) if run.sweep else run.name,
-        state=run.state,
         settings=settings | dict(tokenizer=metadata["data"]["tokenizer"]),
         parameters=metadata["parameters"]["total"],
         recorded_ppl=c["recorded_ppl"] or None,
@@ -182,12 +184,12 @@ def table_of(groups, measure):
     lines = []
     for group in groups:
         cells = group[0] | {name: str(value) for name, value in group[0]["settings"].items()}
+        cells["state"] = ", ".join(dict.fromkeys(row["saved"].state for row in group))
         for name in figures:
             values = [row[name] for row in group if row.get(name) is not None]
             cells[name] = statistics.mean(values) if values else None
         if group[0]["saved"].counts:
             by_seed, best = (figures_of(one, measure) for one in (group, groups[0]))
-            cells["state"] = ", ".join(dict.fromkeys(row["state"] for row in group))
             cells["seed"] = ", ".join(map(str, by_seed))
             cells[measure] = with_error(*mean_of(by_seed))
             cells["to the best"] = "best" if group is groups[0] else difference(by_seed, best)
@@ -249,7 +251,7 @@ def write_sweep(folder):
     ]
     # in the order of the grid
     groups = {group[0]["saved"].name: group for group in groups_of(texts[0])}
-    groups = [groups[name] for name in sweep["steps"] if name in groups]
+    groups = [groups[name] for name in sweep["runs"] if name in groups]
     groups = [group for group in groups if group[0]["saved"].counts]
     if groups and len(texts) == 1:
         picture = draw_sweep(groups, sweep["vary"], measure_of(runs))
@@ -274,7 +276,7 @@ def write_pages(path, runs, sweeps, text):
             entries.append((*written, quote(os.path.relpath(saved.folder, home))))
     for folder in sweeps:
         entries.append((*write_sweep(folder), quote(os.path.relpath(folder, home))))
-    if sweeps != [home]:
+    if path not in [f"{folder}/notebook.md" for folder in sweeps]:
         notebook.write_notebook(path, text, entries)
 
 
@@ -308,7 +310,7 @@ def show_runs(options, tops):
     sweeps = sorted({os.path.dirname(saved.folder) for saved in runs if saved.sweep})
     written = [f"report{end}.png"]
     notebook.write_picture(f"{home}/{written[0]}", draw(texts))
-    if options.notebook or sweeps == tops:
+    if options.notebook or sweeps == tops == [home]:
         written.append(f"notebook{end}.md")
         write_pages(f"{home}/{written[1]}", runs, sweeps, f"{text}\n\n![all runs]({written[0]})")
     print(f"written in {home}: {', '.join(written)}", file=sys.stderr)

@@ -61,9 +61,11 @@ def jobs_of(argv):
     machine = Machine(device, torch.float32)
     dtype = read_json(f"{top}/sweep.json").get("config", {}).get("dtype", "auto")
     told = [name for name in given if name not in (*OWN, "dtype")] + ["dtype", "out_dir"]
-    jobs, steps = {}, {}
+    jobs, runs, steps = {}, {}, {}
     for config in configs:
-        name = folder_name({name: getattr(config, name) for name in vary})
+        settings = {name: getattr(config, name) for name in vary}
+        name = folder_name(settings)
+        runs[name] = settings
         kept = dtype if config.dtype == "auto" else config.dtype
         config = config.changed(out_dir=os.path.join(top, name), dtype=kept)
         settled, _ = settle(config, machine)
@@ -77,6 +79,7 @@ def jobs_of(argv):
     sweep = dict(
         command=command("sweep.py", *argv),
         vary=vary,
+        runs=runs,
         steps=steps,
         config=first.plain() | dict(dtype=dtype),
     )
@@ -92,8 +95,8 @@ def folder_name(settings):
 
 
 def claim(top, sweep):
-    """Write sweep.json: the command, what varies, each run's steps, and the settings of the first
-    run. Raises UserError."""
+    """Write sweep.json: the command, what varies, each run's values of that and its steps, and the
+    other settings. Raises UserError."""
     try:
         os.makedirs(top, exist_ok=True)
         old = read_json(f"{top}/sweep.json")
@@ -107,7 +110,7 @@ def claim(top, sweep):
                 f"{top} holds another sweep, `{old['command']}`: {'; '.join(phrases)}; choose "
                 "another --out_dir"
             )
-        sweep = sweep | dict(steps=old.get("steps", {}) | sweep["steps"])
+        sweep |= {name: old.get(name, {}) | sweep[name] for name in ("runs", "steps")}
         write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write into {top}: {error.strerror}; fix that") from None

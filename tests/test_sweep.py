@@ -31,14 +31,17 @@ def plan(*words):
 
 def leave_sweep(figures, vary=("learning_rate", "seed"), top="s"):
     """A sweep's folder with finished runs, as {a run's values: its figures for leave()}."""
-    names = [",".join(map(str, values)) for values in figures]
-    for name, values, line in zip(names, figures, figures.values(), strict=True):
+    runs = {}
+    for values, line in figures.items():
+        name = ",".join(map(str, values))
+        runs[name] = dict(zip(vary, values, strict=True))
         path = leave(f"{top}/{name}", **line)
         about = json.loads((path / "run.json").read_text())
-        about["config"] |= dict(zip(vary, values, strict=True))
+        about["config"] |= runs[name]
         (path / "run.json").write_text(json.dumps(about))
         (path / "final.json").write_text('{"val": {}}')
-    about = dict(command="sweep it", vary=vary, steps=dict.fromkeys(names, 9))
+    about = dict(command="sweep it", vary=vary, runs=runs, steps=dict.fromkeys(runs, 9))
+    about["config"] = dict(max_steps=0)
     Path("out", top, "sweep.json").write_text(json.dumps(about))
 
 
@@ -113,6 +116,9 @@ def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand(in_tmp,
             for seed, loss in enumerate(all_seeds)
         }
     )
+    # one that was trained further by hand
+    about = Path("out/s/0.01,1/run.json")
+    about.write_text(about.read_text().replace('"max_steps": 0', '"max_steps": 12'))
     best, second, third = (row[2:7] for row in rows(capsys, "out/s"))
     assert best[1:] == ["0, 1, 2", "0.01", "4.3333 ± 0.2887", "best"]
     # 4.25 4.5 4.75: mean 4.5, squares 0.0625 + 0 + 0.0625 over 2.
