@@ -198,9 +198,9 @@ def table_of(groups, measure):
 
 
 def draw(texts):
-    """A figure: the best evaluations against parameters and FLOPs, then the curves of each
-    validation text's SavedRuns over one another. A run has one colour."""
-    picture, (sizes, costs, *curves) = notebook.figure(2 + len(texts))
+    """A figure: the best evaluations against parameters, then the curves of each validation text's
+    SavedRuns over one another. A run has one colour."""
+    picture, (sizes, *curves) = notebook.figure(1 + len(texts))
     measure, number = measure_of(sum(texts, [])), 0
     for axes, runs in zip(curves, texts, strict=True):
         axes.set_title(title_of(runs), fontsize=9, parse_math=False)
@@ -208,12 +208,9 @@ def draw(texts):
             if row["saved"].best:
                 color, number = f"C{number}", number + 1
                 sizes.plot(row["parameters"], row[measure], "o", color=color)
-                costs.plot(row["flops"], row[measure], "o", color=color)
                 notebook.draw_run(axes, row["saved"], measure_of(runs), color)
-    for axes, label in (sizes, "parameters"), (costs, "training FLOPs"):
-        axes.set(xscale="log", xlabel=label, ylabel=f"validation {UNITS[measure]}")
-        # or they would lie on one another
-        axes.tick_params("x", which="minor", labelsize=6, labelrotation=45)
+    sizes.set(xscale="log", xlabel="parameters", ylabel=f"validation {UNITS[measure]}")
+    sizes.tick_params("x", which="minor", labelsize=6, labelrotation=45)  # or they would overlap
     return picture
 
 

@@ -36,24 +36,21 @@ def plan_text(metadata, config, machine, model):
     micro = micro_batch_size(config, model, machine)
     memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
     source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
-    run_tokens = metadata["steps"] * metadata["step_tokens"]
     lines = {
         "run": f"{config.out_dir} on {machine}",
         "weights": "" if config.resume else f"initialised {source}",
         **facts(metadata),
-        "time": how_long(config, model, machine, run_tokens),
+        "time": how_long(metadata, config, model, machine) if machine.device.type == "cpu" else "",
         "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves, with "
         f"{micro} sequences per forward pass",
     }
     return "\n".join(f"{name:10}  {line}" for name, line in lines.items() if line)
 
 
-def how_long(config, model, machine, tokens):
-    """How long it takes to train on so many tokens, as a phrase; "" where that is not known."""
-    if machine.device.type != "cpu":
-        return ""
+def how_long(metadata, config, model, machine):
+    """How long a run takes on a CPU, as a phrase."""
+    tokens, limit = metadata["steps"] * metadata["step_tokens"], 3600 * config.max_hours
     seconds = tokens * seconds_per_token(model, machine) / machine.world
-    limit = 3600 * config.max_hours
     ends = f", and max_hours ends it after {config.max_hours:g}" if 0 < limit < seconds else ""
     size, unit = (3600, "hours") if seconds > 7200 else (60, "min") if seconds > 120 else (1, "s")
     return f"about {math.ceil(seconds / size):,} {unit} on this machine{ends}"

@@ -8,7 +8,7 @@ import report
 import train
 from config import Config
 from lab.console import UserError
-from lab.notebook import INVITES, SavedRun, entry, write_entry
+from lab.notebook import INVITES, write_entry
 
 MINE = (
     "It learns.\n\n# Next\n\n[a](b.txt) ![c](<d e.png>) [d](https://e.f)\n\n```\n# a comment\n```\n"
@@ -97,14 +97,6 @@ def test_an_entry_says_what_was_run(tiny, capsys, words, title, question, row, e
     assert f"## Expected\n\n{expected}" in text
     assert f"train.py tiny.py {words} --out_dir out/run\n" in text
     assert (": met" in text) == (": met" in shown) == judged
-
-
-def test_an_evaluation_without_figures_is_in_the_entry(in_tmp):
-    run = leave("a", val_loss=800.0, val_ppl=None, val_ppl_word=None, train_loss=None)
-    assert "| nan | 800.0000 | - |" in entry(SavedRun(run))
-    leave("a", val_loss=None, val_ppl=None)
-    write_entry(run)
-    assert "No evaluation yet" in text_of(run)
 
 
 # --- what the user writes is theirs

@@ -2,7 +2,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -135,12 +134,8 @@ def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand(in_tmp,
     assert labels == [f"learning_rate {rate}" for rate in (0.01, 0.02, 0.04)]
 
 
-def test_what_does_not_compare_is_not_compared(in_tmp, capsys):
-    texts = [dict(val_loss=loss, val=dict(sha256=str(loss))) for loss in (3.0, 4.0)]
-    leave_sweep({(8, 0): texts[0], (9, 0): texts[1]}, ["d_model", "seed"])
-    report.main(["out/s"])
-    assert capsys.readouterr().out.count("| best |") == 2 and not Path("out/s/sweep.png").exists()
-    # one text, two tokenizers: the higher loss per token has fewer bits per byte
+def test_two_vocabularies_compare_by_bits_per_byte(in_tmp, capsys):
+    # the higher loss per token has fewer bits per byte
     figures = (dict(val_loss=loss, val_bits_per_byte=10 - loss) for loss in (3.0, 4.0))
     leave_sweep(dict(zip([(8, 0), (9, 0)], figures, strict=True)), ["d_model", "seed"], "t")
     about = Path("out/t/9,0/run.json")
@@ -179,10 +174,6 @@ def test_a_sweep_is_one_entry_of_the_notebook(in_tmp, capsys):
     assert all(part in page for part in ("`sweep it`", "| best |", "## Conclusion\n\nThe middle"))
     assert re.findall(r"^# .*\((.*)\)$", whole, re.MULTILINE) == ["alone", "s"]
     assert "](s/sweep.png)" in whole and "](s/0.02%2C0/notebook.md)" in whole
-    shutil.copytree("out/s", "out/t")
-    report.main(["out/s", "out/t", "--notebook"])
-    both = Path("out/notebook-selected.md").read_text()
-    assert re.findall(r"^# .*\((.*)\)$", both, re.MULTILINE) == ["s", "t"]
 
 
 # --- the runs
