@@ -51,15 +51,16 @@ def jobs_of(argv):
     first, ((path, *_), given, _) = configs[0], split_words(Options, argv)
     if len(configs) == 1:
         raise UserError("no setting has several values; try --seed 0,1,2")
-    # the seed always, so that more of them may be added
-    differ = [name for name in names if len({getattr(config, name) for config in configs}) > 1]
-    vary = [name for name in names if name in (*differ, "seed")]
     top = first.out_dir if "out_dir" in given else os.path.join("out", f"{first.name}-sweep")
+    old = read_json(f"{top}/sweep.json")
+    # the seed always, so that more of them may be added
+    vary = {name for name in names if len({getattr(config, name) for config in configs}) > 1}
+    vary = [name for name in names if name in vary.union({"seed"}, old.get("vary", ()))]
 
     # one dtype for all; printed commands may run on another machine, which then chooses
     device = torch.device("cpu") if first.print else choose_device(first, ranks_of({}))
     machine = Machine(device, torch.float32)
-    dtype = read_json(f"{top}/sweep.json").get("config", {}).get("dtype", "auto")
+    dtype = old.get("config", {}).get("dtype", "auto")
     told = [name for name in given if name not in (*OWN, "dtype")] + ["dtype", "out_dir"]
     jobs, runs, steps = {}, {}, {}
     for config in configs:
@@ -74,8 +75,7 @@ def jobs_of(argv):
         dtype = config.dtype
         train = open_dataset(config.dataset, config.data_dir).split("train")
         _, steps[name] = batches_of(settled, train)
-        words = [path, *(f"--{name}={getattr(config, name)}" for name in told), "--resume"]
-        jobs[config.out_dir] = words
+        jobs[config.out_dir] = [path, *(f"--{n}={getattr(config, n)}" for n in told), "--resume"]
     sweep = dict(
         command=command("sweep.py", *argv),
         vary=vary,

@@ -136,27 +136,21 @@ def test_an_entry_that_somebody_wrote_in_is_kept_each_time(run, capsys):
 # --- the whole notebook
 
 
-def test_the_runs_stand_in_the_order_in_which_they_began(run):
-    leave("z", "2026-11-01 09:59", "Does *it* learn?")
-    leave("m", "2026-11-01 10:00:01")
+def test_the_runs_stand_in_the_order_in_which_they_began_with_their_links(run):
+    (run / "conclusion.md").write_text(MINE)
+    leave("z", "2026-11-01 09:59", "Does *it* learn?", [["p", "```\n# sample\n~~~\n[x](y)"]])
+    leave("c d*e*", "2026-11-01 10:00:01")
     text = whole()
     titles = ["Notebook", "All runs", "Does *it* learn? - 2026-11-01 (z)"]
-    titles += [f"Does it learn? - 2026-11-01 ({name})" for name in "am"]
-    assert re.findall("^# (.*)$", text, re.MULTILINE) == titles
-    anchors = re.findall(r"^1\. \[.*\]\(#(.*)\)$", text, re.MULTILINE)
-    assert anchors == re.findall('<a id="(.*)">', text)
-    assert "](report.png)" in text and "](z/curve.png)" in text
-
-
-def test_relative_links_begin_at_the_run_s_folder(run):
-    (run / "conclusion.md").write_text(MINE)
-    leave("b", "2026-11-02", samples=[["p", "```\n# sample\n~~~\n[x](y)"]])
-    leave("c d\n*e*", "2026-11-03")
-    text = whole()
+    titles += [f"Does it learn? - 2026-11-01 ({name})" for name in ("a", "c d*e*")]
+    anchors = re.findall(r"^1\. \[(.*)\]\(#(.*)\)$", text, re.MULTILINE)
+    assert anchors == list(zip(titles[1:], re.findall('<a id="(.*)">', text), strict=True))
+    assert all(f"\n# {title}\n" in text for title in titles)
     for line in ("## Conclusion", "# a comment\n```", "# sample", "[x](y)"):
         assert f"\n{line}\n" in text, line
     assert "[a](a/b.txt) ![c](<a/d e.png>) [d](https://e.f)" in text
-    assert "](c%20d%0A%2Ae%2A/curve.png)" in text
+    assert "](report.png)" in text and "](z/curve.png)" in text
+    assert "](c%20d%2Ae%2A/curve.png)" in text
 
 
 def test_a_notebook_of_some_runs_leaves_the_whole_one_alone(run):

@@ -96,10 +96,12 @@ def test_another_sweep_s_folder_is_refused_and_a_larger_grid_is_not(tiny):
     with pytest.raises(UserError, match="what varies was"):
         sweep.main([*SHORT, "--print", "--learning_rate", "0.01", "--d_model", "8,16"])
     # more values, of a setting and of the seed, which had one
-    sweep.main([*SHORT, "--print", "--learning_rate", "0.02,0.04", "--seed", "0,1"])
-    steps = json.loads((TOP / "sweep.json").read_text())["steps"]
-    more = [f"learning_rate={rate},seed={seed}" for rate in (0.02, 0.04) for seed in (0, 1)]
-    assert sorted(steps) == sorted(["learning_rate=0.01,seed=0", *more])
+    for more in "--learning_rate 0.02,0.04", "--learning_rate 0.02 --seed 0,1":
+        sweep.main([*SHORT, "--print", *more.split()])
+    about = json.loads((TOP / "sweep.json").read_text())
+    runs = [(0.01, 0), (0.02, 0), (0.04, 0), (0.02, 1)]
+    assert list(about["steps"]) == [f"learning_rate={rate},seed={seed}" for rate, seed in runs]
+    assert about["runs"]["learning_rate=0.02,seed=1"] == dict(learning_rate=0.02, seed=1)
 
 
 # --- the figures, by hand
