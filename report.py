@@ -111,14 +111,14 @@ def groups_of(runs):
     groups = {}
     for row in map(row_of, runs):
         run, others = row["saved"], row["settings"] | {"seed": None}
-        name = row["run"] if run.counts else run.name
-        groups.setdefault((name, run.counts, str(others)), []).append(row)
+        place = run.top if run.sweep and run.counts else run.folder
+        groups.setdefault((place, str(others)), []).append(row)
 
-    def place(group):
+    def rank(group):
         bits = [row.get("val_bits_per_byte") or math.inf for row in group]
         return not group[0]["saved"].counts, statistics.mean(bits)
 
-    return sorted(groups.values(), key=place)
+    return sorted(groups.values(), key=rank)
 
 
 # --- what is shown

@@ -128,8 +128,9 @@ def test_runs_are_found_through_links_and_files_are_left_out(in_tmp, capsys):
     os.symlink("../elsewhere/group", "out/group")
     os.symlink("..", "out/a/up")  # a circle: out is not searched twice
     Path("out/report.png").write_text("")
+    leave("../elsewhere/group/a")  # another run of that name
     for words in [], [str(path) for path in Path("out").iterdir()]:
-        assert sorted(shown(capsys, *words)) == ["a", "b$5_vs_$6"]
+        assert sorted(shown(capsys, *words)) == ["a", "a", "b$5_vs_$6"]
 
 
 def test_no_run_to_show_is_one_line(in_tmp):
