@@ -1,30 +1,35 @@
 """All runs side by side, or a sweep's, out of what they leave in their folders. Needs no torch.
 
-python report.py [out/NAME ...] [--format md|csv|json] [--notebook]
+python report.py [out/NAME ...] [--notebook]
 """
 
-import csv
-import json
 import math
 import os
+import statistics
 import sys
-import time
 from dataclasses import dataclass
+from urllib.parse import quote
 
-from config import Config, load_config
-from lab import grid
+from config import Config
+from lab import notebook
 from lab.console import ROOT, UserError, command, run
-from lab.folder import folders_with
-from lab.notebook import SavedRun, draw_losses, figure, show, table, write_entry, write_notebook
+from lab.folder import folders_with, read_json
+from lab.notebook import UNITS, SavedRun
 from lab.settings import command_line, fields_of, setting
 
-# experiments of which the original notebook recorded a figure, with their parameters
-RECORDED = dict(exp1=869_153, exp2=869_153, exp3=7_342_033, exp4=16_206_673)
-WIKITEXT = dict(tokens=242_643, bytes=1_136_862)  # their validation text, GPT-2's tokens
 FIGURES = (
-    "parameters tokens tokens_per_parameter flops val_loss val_ppl val_ppl_word val_bits_per_byte "
-    "hours tokens_per_s"
+    "parameters tokens tokens_per_parameter flops val_loss val_ppl recorded_ppl val_ppl_word "
+    "val_bits_per_byte hours tokens_per_s"
 ).split()
+# Student's t, two-sided at 95 %, for 1, 2, ... degrees of freedom; the last stands for all above
+STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57
+SURE = (
+    "± is the standard deviation over seeds, and of a difference the standard error, seed by seed. "
+    "What may be chance is less than 95 % sure by Student's t: more seeds would tell."
+)
+PER_BYTE = (
+    "The tokenizers differ: the order is by bits per byte, since losses per token do not compare."
+)
 # the settings that make an experiment another one, or another length of it
 LENGTH = "epochs", "max_steps", "max_hours", "patience"
 FIELDS = fields_of(Config).items()
@@ -35,170 +40,241 @@ SETTINGS = [name for name, field in FIELDS if name in LENGTH or not field.metada
 class Options:
     """What to show of the runs."""
 
-    format: str = setting("md", "of the table", choices=("md", "csv", "json"))
-    recorded: bool = setting(True, "beside WikiText, the figures that config/exp1 to 4 record")
     notebook: bool = setting(False, "write notebook.md there: the report and every run's entry")
 
 
-# --- rows
+# --- what compares
+
+
+def runs_in(tops):
+    """The SavedRuns in some folders. Raises OSError."""
+    runs = map(SavedRun, folders_with("run.json", tops))
+    return [run for run in runs if run.metadata]
 
 
 def row_of(run):
-    """A run as a dict: its settings, and the figures of its best evaluation."""
-    best, N, c = run.best(), run.metadata["parameters"]["total"], run.metadata["config"]
-    top, text = os.path.dirname(os.path.abspath(run.folder)), grid.text_of(run)
-    settings = {name: c.get(name) for name in SETTINGS}
-    return dict(
-        run=f"{os.path.basename(top)}/{run.name}" if grid.is_sweep(top) else run.name,
-        state="finished" if run.final else "not finished",
-        folder=run.folder,
-        settings=settings | dict(tokenizer=text["tokenizer"]),
-        val_text=text,
-        parameters=N,
-        tokens=best["tokens"],
-        tokens_per_parameter=best["tokens"] / N,
-        flops=best["tokens"] * run.metadata["flops_per_token"],
+    """A SavedRun as a dict: itself, its settings, and the figures of its best evaluation, if it has
+    one. A sweep's runs have the sweep's name."""
+    metadata, best, c = run.metadata, run.best, run.metadata["config"]
+    # of a sweep's run as the sweep asked for it, though it was trained further by hand
+    asked = run.sweep.get("runs", {}).get(run.name, {})
+    length = {k: value for k, value in run.sweep.get("config", {}).items() if k in LENGTH}
+    settings = {name: c.get(name) for name in SETTINGS} | length | asked
+    row = dict(
+        saved=run,
+        run=os.path.basename(run.top) if run.sweep else run.name,
+        settings=settings | dict(tokenizer=metadata["data"]["tokenizer"]),
+        parameters=metadata["parameters"]["total"],
+        recorded_ppl=c["recorded_ppl"] or None,
         hours=run.last["elapsed_s"] / 3600,
-        tokens_per_s=run.speed(),
-    ) | {key: best[key] for key in FIGURES if key.startswith("val_")}
+        tokens_per_s=run.speed,
+    )
+    if best:
+        row |= {name: best[name] for name in FIGURES if name in best}
+        row |= dict(
+            tokens_per_parameter=best["tokens"] / row["parameters"],
+            flops=best["tokens"] * metadata["flops_per_token"],
+        )
+    return row
 
 
-def recorded_rows():
-    """What the original notebook recorded, as dicts like row_of()'s that hold less."""
-    rows, settings = [], dict(dataset="wikitext-103", tokenizer="gpt2")
-    for name, parameters in RECORDED.items():
-        ppl = load_config([str(ROOT / f"config/{name}.py")]).recorded_ppl
-        loss = math.log(ppl)
-        bits = loss * (WIKITEXT["tokens"] - 1) / math.log(2) / WIKITEXT["bytes"]
-        row = dict(run=f"{name}, recorded", state="recorded", settings=settings)
-        row |= dict(parameters=parameters, val_loss=loss, val_ppl=ppl, val_bits_per_byte=bits)
-        rows.append(row)
-    return rows
+def is_same_text(one, two):
+    """Whether two SavedRuns were validated on one text. Another tokenizer makes another file of it,
+    with as many words and bytes."""
+    one, two = one.metadata["data"], two.metadata["data"]
+    names = ["sha256"] if one["tokenizer"] == two["tokenizer"] else ["words", "bytes"]
+    return all(one["splits"]["val"][name] == two["splits"]["val"][name] for name in names)
 
 
-def texts_of(runs, recorded):
-    """The rows of each validation text, the best bits per byte first: the figures of two texts do
-    not compare. If `recorded`, WikiText's rows have what was recorded among them."""
+def texts_of(runs):
+    """The SavedRuns of each validation text, a list of lists: those of two do not compare."""
     texts = []
-    for row in map(row_of, runs):
-        for rows in texts:
-            if grid.is_same_text(rows[0]["val_text"], row["val_text"]):
-                rows.append(row)
-                break
+    for saved in runs:
+        same = [text for text in texts if is_same_text(text[0], saved)]
+        if same:
+            same[0].append(saved)
         else:
-            texts.append([row])
-    for rows in texts:
-        is_wikitext = rows[0]["val_text"]["bytes"] == WIKITEXT["bytes"]
-        rows += recorded_rows() if recorded and is_wikitext else []
-        rows.sort(key=lambda row: row["val_bits_per_byte"] or math.inf)
+            texts.append([saved])
     return texts
 
 
-def measure_of(rows):
-    """The figure by which rows compare."""
-    return grid.measure_of(row["settings"]["tokenizer"] for row in rows)
+def measure_of(runs):
+    """The figure by which SavedRuns compare."""
+    tokenizers = {run.metadata["data"]["tokenizer"] for run in runs}
+    return "val_loss" if len(tokenizers) < 2 else "val_bits_per_byte"
+
+
+def groups_of(runs):
+    """The rows of one validation text's SavedRuns, a list of lists. Those of a sweep's runs that
+    count and differ by seed alone are one group. Groups that count stand first, then those of the
+    least bits per byte."""
+    groups = {}
+    for row in map(row_of, runs):
+        run, others = row["saved"], row["settings"] | {"seed": None}
+        place = run.top if run.sweep and run.counts else run.folder
+        groups.setdefault((place, str(others)), []).append(row)
+
+    def rank(group):
+        bits = [row.get("val_bits_per_byte") or math.inf for row in group]
+        return not group[0]["saved"].counts, statistics.mean(bits)
+
+    return sorted(groups.values(), key=rank)
 
 
 # --- what is shown
 
 
-def flat(rows):
-    """(the columns of a table of rows, its rows as dicts of them). Of the settings, the data set,
-    the seed and those that differ among the rows."""
-    cells = [{name: str(value) for name, value in row["settings"].items()} for row in rows]
-    chosen = ["dataset", "seed"]
-    for name in [*SETTINGS, "tokenizer"]:
-        if name not in chosen and len({row[name] for row in cells if name in row}) > 1:
-            chosen.append(name)
-    columns = ["run", "state", *chosen, *FIGURES]
-    return columns, [cell | row for cell, row in zip(cells, rows, strict=True)]
+def mean_of(figures):
+    """(the mean of a group's {seed: figure}, the standard deviation; None for a single one)."""
+    figures = figures.values()
+    return statistics.mean(figures), statistics.stdev(figures) if len(figures) > 1 else None
 
 
-def title_of(rows):
-    """What a validation text is called."""
-    text, settings = next((row["val_text"], row["settings"]) for row in rows if "val_text" in row)
-    return f"{settings['dataset']}, {text['bytes']:,} bytes of validation text"
+def difference(figures, best):
+    """How far a group's mean is above the best's, from their {seed: figure}, as a phrase. It is
+    taken seed by seed; where they share fewer than two seeds there is no standard error."""
+    pairs = [figures[seed] - best[seed] for seed in figures if seed in best]
+    if len(pairs) < 2:
+        return with_error(mean_of(figures)[0] - mean_of(best)[0], None, "+")
+    apart, error = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    student = STUDENT[min(len(pairs) - 1, len(STUDENT)) - 1]
+    may_be_chance = ", may be chance" if abs(apart) <= student * error else ""
+    return with_error(apart, error, "+") + may_be_chance
+
+
+def with_error(value, error, sign=""):
+    """A figure and how sure it is: 4.1853 ± 0.0021."""
+    return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def figures_of(group, measure):
+    """{seed: figure} of a group, a list of rows."""
+    return {row["settings"]["seed"]: row[measure] for row in group}
+
+
+def title_of(runs):
+    """What the validation text of some SavedRuns is called."""
+    metadata = runs[0].metadata
+    size = metadata["data"]["splits"]["val"]["bytes"]
+    return f"{metadata['config']['dataset']}, {size:,} bytes of validation text"
 
 
 def markdown(texts):
-    """A Markdown table for each validation text, named if there are several."""
+    """A Markdown table for the SavedRuns of each validation text, named if there are several, and
+    what to know before one believes it."""
     parts = []
-    for rows in texts:
-        columns, cells = flat(rows)
-        parts += [f"### {title_of(rows)}"] if len(texts) > 1 else []
-        parts.append(table(columns, [[show(row.get(name)) for name in columns] for row in cells]))
-        parts += [grid.PER_BYTE] if measure_of(rows) == "val_bits_per_byte" else []
+    for runs in texts:
+        groups, measure = groups_of(runs), measure_of(runs)
+        parts += [f"### {title_of(runs)}"] if len(texts) > 1 else []
+        parts.append(table_of(groups, measure))
+        parts += [SURE] if any(len(group) > 1 for group in groups) else []
+        parts += [PER_BYTE] if measure == "val_bits_per_byte" else []
     return "\n\n".join(parts)
 
 
-def print_rows(rows, format):
-    """Print rows as CSV or JSON."""
-    if format == "json":
-        print(json.dumps(dict(date=time.strftime("%Y-%m-%d"), runs=rows), indent=2))
-        return
-    columns, rows = flat(rows)
-    writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+def table_of(groups, measure):
+    """A row for each group. Of the settings it has the data set, the seed and those that differ."""
+    rows, chosen = sum(groups, []), ["dataset", "seed"]
+    for name in rows[0]["settings"]:
+        if name not in chosen and len({str(row["settings"].get(name)) for row in rows}) > 1:
+            chosen.append(name)
+    figures = [name for name in FIGURES if any(row.get(name) is not None for row in rows)]
+    columns = ["run", "state", *chosen, measure, "to the best"]
+    columns += [name for name in figures if name != measure]
+    lines = []
+    for group in groups:
+        cells = group[0] | {name: str(value) for name, value in group[0]["settings"].items()}
+        cells["state"] = ", ".join(dict.fromkeys(row["saved"].state for row in group))
+        for name in figures:
+            values = [row[name] for row in group if row.get(name) is not None]
+            cells[name] = statistics.mean(values) if values else None
+        if group[0]["saved"].counts:
+            by_seed, best = (figures_of(one, measure) for one in (group, groups[0]))
+            cells["seed"] = ", ".join(map(str, by_seed))
+            cells[measure] = with_error(*mean_of(by_seed))
+            cells["to the best"] = "best" if group is groups[0] else difference(by_seed, best)
+        lines.append([notebook.show(cells.get(name)) for name in columns])
+    return notebook.table(columns, lines)
 
 
 def draw(texts):
-    """A figure of the best evaluations against parameters, tokens and FLOPs, a colour for each
-    text."""
-    picture, axes = figure(3)
-    measure = measure_of(sum(texts, []))
-    labels = dict(parameters="parameters", tokens="training tokens seen", flops="training FLOPs")
-    for ax, (key, label) in zip(axes, labels.items(), strict=True):
-        named = set()
-        for number, row in ((n, row) for n, rows in enumerate(texts) for row in rows if key in row):
-            old = row["state"] == "recorded"
-            at = row[key], row[measure]
-            ax.plot(*at, "x" if old else "o", color="gray" if old else f"C{number}")
-            # a sweep's runs lie close, so that one of them bears its name
-            name, _, _ = row["run"].partition("/")
-            if name not in named:
-                named.add(name)
-                place = dict(xytext=(4, 3), textcoords="offset points")
-                ax.annotate(name, at, fontsize=7, parse_math=False, **place)
-        ax.set(xscale="log", xlabel=label, ylabel=f"validation {grid.UNITS[measure]}")
-        # or they would lie on one another
-        ax.tick_params("x", which="minor", labelsize=6, labelrotation=45)
-        ax.margins(x=0.4)
-    axes[0].set_title("o: runs here, x: recorded; a colour for each text", fontsize=9)
+    """A figure: the best evaluations against parameters, then the curves of each validation text's
+    SavedRuns over one another. A run has one colour."""
+    picture, (sizes, *curves) = notebook.figure(1 + len(texts))
+    measure, number = measure_of(sum(texts, [])), 0
+    for axes, runs in zip(curves, texts, strict=True):
+        axes.set_title(title_of(runs), fontsize=9, parse_math=False)
+        for row in map(row_of, runs):
+            if row["saved"].best:
+                color, number = f"C{number}", number + 1
+                sizes.plot(row["parameters"], row[measure], "o", color=color)
+                notebook.draw_run(axes, row["saved"], measure_of(runs), color)
+    sizes.set(xscale="log", xlabel="parameters", ylabel=f"validation {UNITS[measure]}")
+    sizes.tick_params("x", which="minor", labelsize=6, labelrotation=45)  # or they would overlap
     return picture
 
 
-def draw_curves(texts):
-    """A figure of all runs' curves over the tokens seen, beside each other for each text."""
-    picture, axes = figure(len(texts))
-    for ax, rows in zip(axes, texts, strict=True):
-        measure = measure_of(rows)
-        for number, row in enumerate(row for row in rows if "folder" in row):
-            run, color = SavedRun(row["folder"]), f"C{number}"
-            name = row["run"].replace("$", r"\$")  # or it is a formula
-            draw_losses(ax, run.evaluations, measure, "o-", color=color, label=name)
-            if measure == "val_loss":
-                draw_losses(ax, run.training, "train_loss", "-", color=color, alpha=0.4)
-        ax.set(xlabel="training tokens seen", ylabel=grid.UNITS[measure])
-        ax.set_title(title_of(rows), fontsize=9, parse_math=False)
-        ax.legend(fontsize=7, title="dots: validation", title_fontsize=7)
+# --- a sweep's entry in the notebook
+
+
+def draw_sweep(groups, vary, measure):
+    """A figure of groups' means, with their standard deviations."""
+    picture, (axes,) = notebook.figure(1)
+    for group in groups:
+        settings = group[0]["settings"]
+        label = "\n".join(f"{name} {settings[name]}" for name in vary if name != "seed")
+        mean, deviation = mean_of(figures_of(group, measure))
+        axes.errorbar(mean, label, xerr=deviation, fmt="o", color="C0", capsize=3)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"validation {UNITS[measure]}")
     return picture
+
+
+def write_sweep(folder):
+    """Write a sweep's sweep.png and notebook.md anew, each file whole. Returns (when its first run
+    began, its entry as Markdown). Raises OSError."""
+    notebook.invite(folder)
+    sweep, runs = read_json(f"{folder}/sweep.json"), runs_in([folder])
+    texts, name = texts_of(runs), os.path.basename(os.path.abspath(folder))
+    began = min(saved.metadata["began"] for saved in runs)
+    pages = [f"- [{r.name}]({quote(r.name)}/notebook.md): {r.state}" for r in runs]
+    paragraphs = [
+        f"# Sweep of {', '.join(sweep['vary'])} - {began[:10]} ({name})",
+        f"`{sweep['command']}`",
+        markdown(texts),
+        "## Runs",
+        "\n".join(pages),
+        *notebook.conclusion_part(folder),
+    ]
+    # in the order of the grid
+    groups = {group[0]["saved"].name: group for group in groups_of(texts[0])}
+    groups = [groups[name] for name in sweep["runs"] if name in groups]
+    groups = [group for group in groups if group[0]["saved"].counts]
+    if groups and len(texts) == 1:
+        picture = draw_sweep(groups, sweep["vary"], measure_of(runs))
+        notebook.write_picture(f"{folder}/sweep.png", picture)
+        paragraphs.insert(3, "![the runs' figures](sweep.png)")
+    text = "\n\n".join(paragraphs) + "\n"
+    notebook.write_page(f"{folder}/notebook.md", text)
+    return began, text
 
 
 # --- the command
 
 
-def write_pages(path, folders, tops, text):
-    """Write the entries of runs and sweeps anew, and join them at `path` below a report's text. A
-    sweep's entry stands for its runs; that of one which was asked for alone lies at `path`."""
-    sweeps = [folder for folder in folders_with("sweep.json", tops) if grid.is_sweep(folder)]
-    entries = [grid.write_entry(folder) for folder in sweeps]
-    members = [folder for folder in folders if os.path.dirname(folder) in sweeps]
-    for folder in members:
-        write_entry(folder)
-    if sweeps != tops or len(tops) > 1:
-        alone = [folder for folder in folders if folder not in members]
-        write_notebook(path, alone, text, entries)
+def write_pages(path, runs, sweeps, text):
+    """Write the entries of SavedRuns and of sweeps' folders, and join them at `path` below a
+    report's text. A sweep's entry stands for its runs, and that of one alone lies at `path`. Raises
+    OSError."""
+    entries, home = [], os.path.dirname(path)
+    for saved in runs:
+        written = notebook.write_entry(saved.folder)
+        if not saved.sweep:
+            entries.append((*written, quote(os.path.relpath(saved.folder, home))))
+    for folder in sweeps:
+        entries.append((*write_sweep(folder), quote(os.path.relpath(folder, home))))
+    if path not in [f"{folder}/notebook.md" for folder in sweeps]:
+        notebook.write_notebook(path, text, entries)
 
 
 def main(argv=None):
@@ -206,46 +282,35 @@ def main(argv=None):
     options, words = command_line(Options, argv, usage, words=None)
     # files among the words, our pictures in out/*, hold no run
     tops = [os.path.normpath(word) for word in words or ["out"]]
-    folders = folders_with("run.json", tops)
     try:
-        show_runs(options, tops, folders)
+        show_runs(options, tops)
     except OSError as error:
         raise UserError(f"cannot make the report: {error}; put that right") from None
 
 
-def show_runs(options, tops, folders):
+def show_runs(options, tops):
     """Print the table of the runs in some folders, and lay its files beside them. tops: the folders
     that were asked for. Raises UserError, and OSError."""
-    is_sweep = len(tops) == 1 and grid.is_sweep(tops[0])
-    runs = [run for run in map(SavedRun, folders) if run.is_ours and run.evaluations]
-    texts = texts_of(runs, options.recorded)
+    runs = runs_in(tops)
     missing = [top for top in tops if not os.path.exists(top)]
-    if missing or not (texts or is_sweep):
+    if missing or not runs:
         first = command("train.py", ROOT / "config/demo.py")
         where = " ".join(missing or tops)
         raise UserError(f"there is no run to show in {where}; train one first: `{first}`")
-    shown = {run.folder for run in runs}
-    if left_out := [folder for folder in folders if folder not in shown]:
-        print(f"left out, without an evaluation: {', '.join(left_out)}", file=sys.stderr)
-    text = grid.text(grid.read_trials(tops[0])) if is_sweep else markdown(texts)
-    if options.format == "md":
-        print(text)
-    else:
-        print_rows(sum(texts, []), options.format)
+    texts = texts_of(runs)
+    text = markdown(texts)
+    print(text)
 
     # files beside the runs; those of some runs are named so, since the others are of all
     of_all = len(tops) == 1 and not os.path.exists(f"{tops[0]}/run.json")
     home, end = (tops[0], "") if of_all else (os.path.normpath(f"{tops[0]}/.."), "-selected")
-    pictures = {f"report{end}.png": draw, f"report{end}-curves.png": draw_curves} if texts else {}
-    pages = [f"notebook{end}.md"] if options.notebook or is_sweep else []
-    for name, drawn in pictures.items():
-        drawn(texts).savefig(f"{home}/{name}")
-        text += f"\n\n![all runs]({name})"
-    if options.notebook:
-        write_pages(f"{home}/{pages[0]}", folders, tops, text)
-    elif is_sweep:
-        grid.write_entry(home)
-    print(f"written in {home}: {', '.join([*pictures, *pages])}", file=sys.stderr)
+    sweeps = sorted({os.path.dirname(saved.folder) for saved in runs if saved.sweep})
+    written = [f"report{end}.png"]
+    notebook.write_picture(f"{home}/{written[0]}", draw(texts))
+    if options.notebook or sweeps == tops == [home]:
+        written.append(f"notebook{end}.md")
+        write_pages(f"{home}/{written[1]}", runs, sweeps, f"{text}\n\n![all runs]({written[0]})")
+    print(f"written in {home}: {', '.join(written)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from lab.folder import Folder, Lock, load_checkpoint
 from lab.generate import continue_texts
 from lab.gpt2 import open_weights
 from lab.machine import open_machine
-from lab.notebook import invite, perplexity, verdicts, write_entry
+from lab.notebook import invite, show, verdict, write_entry
 from lab.plan import describe, plan_text
 from lab.state import State
 from lab.trainer import Trainer, micro_batch_size
@@ -242,7 +242,7 @@ class Run:
         self.bar.clear()
         self.machine.say(
             f"epoch {state.epoch:.4g} | step {state.step:,} | train loss {train_loss:.4f} | "
-            f"val loss {figures['val_loss']:.4f} | val perplexity {perplexity(figures['val_ppl'])}"
+            f"val loss {figures['val_loss']:.4f} | val perplexity {show(figures['val_ppl'])}"
             + (f" | best so far, saved to {folder.best}" if best else "")
         )
         folder.write("notebook.md", write_entry, folder.path)
@@ -273,7 +273,7 @@ class Run:
         for split in [name for name in self.dataset.counts if name != "train"]:
             final[split] = self.figures_of(split)
             say(figures_text(split, final[split], self.dataset.separator))
-        for sentence in verdicts(self.config.plain(), state.best["val_ppl"]):
+        if sentence := verdict(self.config.plain(), state.best["val_ppl"]):
             say(sentence)
         return final
 

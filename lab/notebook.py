@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from urllib.parse import quote
+import statistics
 
 from lab.console import warn
 from lab.folder import read_bytes, read_json, read_lines, write_text, write_whole
@@ -18,21 +18,17 @@ from lab.folder import read_bytes, read_json, read_lines, write_text, write_whol
 # the first line of a page, with the SHA-256 of all that follows
 GENERATED = "<!-- Generated: this page is written anew, edit conclusion.md instead. sha256 {} -->"
 INVITES = "(Yours: what it showed, what comes next. "  # how a conclusion begins that nobody wrote
+UNITS = dict(val_loss="loss, nats per token", val_bits_per_byte="bits per byte")
 SHAPE = "max_seq_len d_model num_heads d_ff num_layers dropout block head_bias unigram_bias".split()
 
 # --- figures as people read them
 
 
-def perplexity(value):
-    """A perplexity: 46.33, and from a million on 6.6e10."""
-    return f"{value:,.2f}" if value is not None and value < 1e6 else show(value)
-
-
 def perplexities(figures, prefix=""):
     """Perplexities and bits per byte as a phrase, the latter first where no words are counted."""
     ppl, word, bits = (figures[prefix + name] for name in ("ppl", "ppl_word", "bits_per_byte"))
-    token, bits = f"perplexity {perplexity(ppl)} per token", f"{show(bits)} bits per byte"
-    return f"{token}, {perplexity(word)} per word, {bits}" if word else f"{bits}, {token}"
+    token, bits = f"perplexity {show(ppl)} per token", f"{show(bits)} bits per byte"
+    return f"{token}, {show(word)} per word, {bits}" if word else f"{bits}, {token}"
 
 
 def show(value):
@@ -70,18 +66,14 @@ def facts(metadata):
     }
 
 
-def verdicts(c, ppl, so_far=""):
-    """How a perplexity compares with what a config, as a dict, expects and what was recorded: a
-    list of sentences."""
-    sentences = []
-    if c["expected_ppl"]:
-        low, high = c["expected_ppl"]
-        ppl = math.inf if ppl is None else ppl
-        met = "exceeded" if ppl < low else "met" if ppl <= high else "not met"
-        sentences.append(f"Expected {low:g} to {high:g}: {met}{so_far}.")
-    if c["recorded_ppl"]:
-        sentences.append(f"The original notebook recorded {c['recorded_ppl']:g}.")
-    return sentences
+def verdict(c, ppl):
+    """How a perplexity compares with what a config, as a dict, expects; "" if it expects none."""
+    if not c["expected_ppl"]:
+        return ""
+    low, high = c["expected_ppl"]
+    ppl = math.inf if ppl is None else ppl
+    met = "exceeded" if ppl < low else "met" if ppl <= high else "not met"
+    return f"Expected {low:g} to {high:g}: {met}."
 
 
 def table(head, rows):
@@ -95,44 +87,55 @@ def table(head, rows):
 
 
 class SavedRun:
-    """A run as its folder tells it."""
+    """A run as its folder tells it, and the sweep.json beside it, if it belongs to a sweep."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.name = os.path.basename(os.path.abspath(folder))
+        self.top, self.name = os.path.split(os.path.abspath(folder))
         self.metadata = read_json(f"{folder}/run.json")
         self.final = read_json(f"{folder}/final.json")
+        self.sweep = read_json(f"{self.top}/sweep.json")
         lines = read_lines(f"{folder}/metrics.jsonl")
         self.training = [line for line in lines if "lr" in line]
         self.evaluations = [line for line in lines if isinstance(line.get("val_loss"), float)]
         self.last = lines[-1] if lines else dict(step=0, tokens=0, elapsed_s=0)
-        needed = "name doc began config parameters flops_per_token steps step_tokens data".split()
-        self.is_ours = all(key in self.metadata for key in needed)
+        speeds = [line["tokens_per_s"] for line in self.training]
+        self.speed = statistics.median(speeds) if speeds else None  # tokens per second
 
-    def best(self):
-        """The best evaluation."""
-        return min(self.evaluations, key=lambda line: line["val_loss"])
+        # a sweep's run that was trained further by hand counts as it was at the sweep's length
+        planned, done = self.metadata.get("steps", 0), self.last["step"]
+        asked = self.sweep.get("steps", {}).get(self.name, planned)
+        self.best = best_of([line for line in self.evaluations if line["step"] <= asked])
+        if done > asked:
+            self.state = f"has {done:,} steps, {asked:,} were asked for"
+            self.counts = any(line["step"] == asked for line in self.evaluations)
+        else:
+            # one that ended before its own plan did so by patience or max_hours
+            self.counts = bool(self.final) and (done == asked or done < planned)
+            far = f"not finished, step {done:,}, {self.last.get('skipped', 0)} skipped"
+            self.state = "finished" if self.counts else far
 
-    def speed(self):
-        """Tokens per second, the median over its lines; None without one."""
-        speeds = sorted(line["tokens_per_s"] for line in self.training)
-        return speeds[len(speeds) // 2] if speeds else None
+
+def best_of(evaluations):
+    """The best of some lines of metrics.jsonl, None without one."""
+    return min(evaluations, key=lambda line: line["val_loss"], default=None)
 
 
 # --- the entry
 
 
 def write_entry(folder):
-    """Write a run's curve.png and notebook.md anew, each file whole; nothing without a run.json.
-    Raises OSError."""
+    """Write a run's curve.png and notebook.md anew, each file whole. Returns (when it began, its
+    entry as Markdown). Raises OSError."""
     run = SavedRun(folder)
-    if not run.is_ours:
-        return
+    text = entry(run)
     invite(folder)
     if run.evaluations:
-        picture = draw_curve(run)
-        write_whole(f"{folder}/curve.png", lambda file: picture.savefig(file, format="png"))
-    write_page(f"{folder}/notebook.md", entry(run))
+        picture, (axes,) = figure(1)
+        draw_run(axes, run)
+        write_picture(f"{folder}/curve.png", picture)
+    write_page(f"{folder}/notebook.md", text)
+    return run.metadata["began"], text
 
 
 def entry(run):
@@ -145,11 +148,10 @@ def entry(run):
     splits = metadata["data"]["splits"].items()
     sizes = [[split, *(show(counts[name]) for name in names)] for split, counts in splits]
     muon = f"Muon for the blocks' matrices, lr {c['muon_learning_rate']:g}, and "
-    words = written(read_bytes(f"{run.folder}/conclusion.md"))
     so_far = run.last["tokens"] / metadata["parameters"]["total"]
 
     paragraphs = [
-        f"# {title} - {metadata['began'][:10]}",
+        f"# {title} - {metadata['began'][:10]} ({run.name})",
         "## What we're doing",
         question,
         "## Model",
@@ -173,7 +175,7 @@ def entry(run):
         expected,
         "## Results",
         *(results_part(run, c) if run.evaluations else ["No evaluation yet."]),
-        *(["## Conclusion", words] if words else []),
+        *conclusion_part(run.folder),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -187,7 +189,7 @@ def opening(run, c):
     title, _, text = (c.get("question") or doc).strip().partition("\n")
     text, _, expected = text.partition("\nExpected: ")
     if run.metadata.get("departs") and not c.get("question"):
-        title, expected, quoted = f"{run.name}, after {file}", "", doc.replace("\n", "\n> ")
+        title, expected, quoted = f"After {file}", "", doc.replace("\n", "\n> ")
         text = f"Other settings than those of {file}, which says of itself:\n\n> {quoted}"
     if c["expected_ppl"] and (not expected or "expected_ppl" in run.metadata.get("given", ())):
         expected = "Validation perplexity {:g} to {:g}".format(*c["expected_ppl"])
@@ -207,17 +209,21 @@ def given_part(metadata, c):
 
 def results_part(run, c):
     """The entry's paragraphs on what came of it."""
-    best, last = run.best(), run.last
+    best, last, rows = best_of(run.evaluations), run.last, []
+    for line in run.evaluations:
+        losses = [f"{line[key] or math.nan:.4f}" for key in ("train_loss", "val_loss")]
+        perplexity = show(line["val_ppl"])
+        rows.append([f"{line['epoch']:.2f}", show(line["step"]), *losses, perplexity])
     final = [[split, *map(show, values.values())] for split, values in run.final.items()]
-    speed = f", {run.speed():,.0f} tokens per second in the median" if run.speed() else ""
+    speed = f", {run.speed:,.0f} tokens per second in the median" if run.speed else ""
     samples = [f"Prompt: {json.dumps(start)}\n{fenced(t)}" for start, t in best.get("samples", ())]
     paragraphs = [
-        evaluations_table(run.evaluations),
+        table(["epoch", "step", "train loss", "val loss", "val perplexity"], rows),
         "![loss](curve.png)",
         f"**Best: epoch {best['epoch']:.2f}, val loss {best['val_loss']:.4f}, "
         f"{perplexities(best, 'val_')}.**",
         final and table(["at the best", *run.final["val"]], final),
-        *verdicts(c, best["val_ppl"], "" if run.final else " so far"),
+        verdict(c, best["val_ppl"]),
         f"{'Finished' if run.final else 'So far'}: {last['step']:,} of {run.metadata['steps']:,} "
         f"steps in {last['elapsed_s'] / 60:,.1f} minutes{speed}, {last.get('skipped', 0)} steps "
         "skipped.",
@@ -225,18 +231,6 @@ def results_part(run, c):
         *samples,
     ]
     return filter(None, paragraphs)
-
-
-def evaluations_table(evaluations):
-    """A row for each evaluation, with the change of the perplexity."""
-    rows, before = [], None
-    for line in evaluations:
-        ppl = line["val_ppl"] or math.inf
-        change = "+-"[ppl < before] + perplexity(abs(ppl - before)) if before else "-"
-        losses = [f"{line[key] or math.nan:.4f}" for key in ("train_loss", "val_loss")]
-        rows.append([f"{line['epoch']:.2f}", show(line["step"]), *losses, perplexity(ppl), change])
-        before = ppl
-    return table(["epoch", "step", "train loss", "val loss", "val perplexity", "change"], rows)
 
 
 def fenced(text):
@@ -255,10 +249,11 @@ def invite(folder):
         write_text(path, f"{INVITES}The entry shows this file at its end.)\n")
 
 
-def written(page):
-    """What the user wrote in the bytes of a conclusion.md, as text; "" if nothing."""
-    lines = page.decode("utf-8-sig", "replace").splitlines()
-    return "\n".join(line for line in lines if not line.startswith(INVITES)).strip("\n")
+def conclusion_part(folder):
+    """An entry's paragraphs on what the user wrote in conclusion.md, none if nothing."""
+    lines = read_bytes(f"{folder}/conclusion.md").decode("utf-8-sig", "replace").splitlines()
+    words = "\n".join(line for line in lines if not line.startswith(INVITES)).strip("\n")
+    return ["## Conclusion", words] if words else []
 
 
 def write_page(path, text):
@@ -277,44 +272,25 @@ def signed(body):
     return GENERATED.format(hashlib.sha256(body).hexdigest()).encode() + b"\n" + body
 
 
-# --- the whole notebook
+def write_notebook(path, report, entries):
+    """Join entries to one page, in the order in which they began. report: the Markdown above them.
+    entries: [(when it began, Markdown, its folder as links have it)]. Raises OSError."""
+    parts = [f"# All runs\n\n{report}\n"]
+    block, link = r"^(`{3,}|~{3,}).*?(?:^\1|\Z)", r"\]\(<?(?!(?i:[a-z]+:)|[/#<])"
+    for _, text, folder in sorted(entries):
+        # relative links then begin at the folder, but for what is code
 
+        def moved(found, folder=folder):
+            return found[0] if found[1] else f"{found[0]}{folder}/"
 
-def write_notebook(path, folders, report, sweeps=()):
-    """Write the entries of all runs anew, and join them to one page in the order in which the runs
-    began. report: the Markdown above them. sweeps: the entries of sweeps, [(when it began, its
-    SavedRun, Markdown)]. Raises OSError."""
-    runs = [run for run in map(SavedRun, folders) if run.is_ours]
-    for run in runs:
-        write_entry(run.folder)
-    entries = [(run.metadata["began"], run, entry(run)) for run in runs]
-    sections = [("All runs", report)]
-    for _, run, text in sorted([*entries, *sweeps], key=lambda part: part[0]):
-        title, _, text = text.partition("\n")
-        there = os.path.relpath(run.folder, os.path.dirname(path) or ".")
-        text = moved(text, quote(there))
-        sections.append((f"{title.removeprefix('# ')} ({run.name})", text))
-
-    # anchors of our own, since each reader of Markdown makes others
-    contents, parts = "# Notebook\n", ""
-    for i, (title, text) in enumerate(sections):
-        contents += f"\n1. [{title}](#part-{i})"
-        parts += f'\n\n<a id="part-{i}"></a>\n\n## {title}\n\n{text.strip()}'
-    write_page(path, f"{contents}{parts}\n")
-
-
-def moved(text, folder):
-    """An entry's Markdown for a page above its folder: headings a level lower, relative links from
-    `folder` (as a URL has it). Code blocks stay as they are."""
-
-    def change(found):
-        if found["fence"]:
-            return found[0]
-        return f"{found[0]}{folder}/" if found["link"] else max("###", f"#{found[0]}")
-
-    block = r"^(?P<fence>`{3,}|~{3,}).*?(?:^(?P=fence)|\Z)"
-    link = r"(?P<link>\]\(<?)(?!(?i:[a-z]+:)|[/#<)])"
-    return re.sub(rf"(?ms){block}|{link}|^#{{1,5}}(?=\s)", change, text)
+        parts.append(re.sub(rf"(?ms){block}|{link}", moved, text))
+    contents, whole = "# Notebook\n", ""
+    for i, part in enumerate(parts):
+        title, _, _ = part.partition("\n")
+        # anchors of our own, since each reader of Markdown makes others
+        contents += f"\n1. [{title.removeprefix('# ')}](#part-{i})"
+        whole += f'\n\n<a id="part-{i}"></a>\n\n{part.rstrip()}'
+    write_page(path, f"{contents}{whole}\n")
 
 
 # --- pictures
@@ -329,22 +305,22 @@ def figure(columns):
     return picture, picture.subplots(1, columns, squeeze=False)[0]
 
 
-def draw_curve(run):
-    """A figure of a run's training and validation loss over the tokens seen."""
-    picture, (axes,) = figure(1)
-    draw_losses(axes, run.training, "train_loss", "-", label="train")
-    draw_losses(axes, run.evaluations, "val_loss", "o-", label="validation")
-    if recorded := run.metadata["config"]["recorded_ppl"]:
-        label = f"recorded: {recorded:g}"
-        axes.axhline(math.log(recorded), linestyle="--", color="gray", linewidth=1, label=label)
-    axes.set(xlabel="training tokens seen", ylabel="loss, nats per token")
-    axes.set_title(run.name, parse_math=False)
-    axes.legend()
-    return picture
+def write_picture(path, picture):
+    """Write a figure as a PNG, whole. Raises OSError."""
+    write_whole(path, lambda file: picture.savefig(file, format="png"))
 
 
-def draw_losses(axes, lines, key, style, **options):
-    """Draw a loss over the tokens seen, options as matplotlib's plot() takes them."""
-    points = [(line["tokens"], line[key]) for line in lines if line[key] is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, **options)
+def draw_run(axes, run, measure="val_loss", color="C0"):
+    """Draw a run's validation over the tokens seen, and its training where the measure is a loss
+    per token."""
+    label = run.name.replace("$", r"\$")  # or it is a formula
+    curves = [(run.evaluations, measure, "o-", dict(label=label))]
+    if measure == "val_loss":
+        curves.append((run.training, "train_loss", "-", dict(alpha=0.4)))
+    for lines, key, style, options in curves:
+        points = [(line["tokens"], line[key]) for line in lines if line[key] is not None]
+        if points:
+            points = zip(*points, strict=True)
+            axes.plot(*points, style, color=color, markersize=3, linewidth=1, **options)
+    axes.set(xlabel="training tokens seen", ylabel=UNITS[measure])
+    axes.legend(fontsize=7, title="dots: validation", title_fontsize=7)

@@ -1,7 +1,6 @@
 """The plan: what is about to be trained, and how long that takes."""
 
 import math
-import os
 import time
 
 import torch
@@ -13,24 +12,21 @@ from lab.trainer import micro_batch_size
 
 def describe(config, dataset, model, batches, total_steps):
     """What the run is, a dict for run.json."""
-    return dict(
-        name=config.name,
-        doc=config.doc,
-        file=config.file,
-        given=config.given,
-        departs=config.departs,
+    own = {name: getattr(config, name) for name in ("name", "doc", "file", "given", "departs")}
+    data = dict(
+        source=dataset.source["name"],
+        tokenizer=dataset.tokenizer,
+        separator=dataset.separator,
+        splits={split: vars(counts) for split, counts in dataset.counts.items()},
+    )
+    return own | dict(
         config=config.plain() | {"warmup_steps": warmup_of(config, total_steps)},
         steps=total_steps,
         step_tokens=batches.step_tokens,
         parameters=model.count(),
         flops_per_token=model.flops_per_token(),
         vocab_size=dataset.vocab_size,
-        data=dict(
-            source=dataset.source["name"],
-            tokenizer=dataset.tokenizer,
-            separator=dataset.separator,
-            splits={split: vars(counts) for split, counts in dataset.counts.items()},
-        ),
+        data=data,
     )
 
 
@@ -40,40 +36,30 @@ def plan_text(metadata, config, machine, model):
     micro = micro_batch_size(config, model, machine)
     memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
     source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
-    last = f"{config.out_dir}/last.pt"
-    goes_on = config.resume and os.path.exists(last)
-    run_tokens = metadata["steps"] * metadata["step_tokens"]
     lines = {
         "run": f"{config.out_dir} on {machine}",
-        "weights": f"of {last}" if goes_on else f"initialised {source}",
+        "weights": "" if config.resume else f"initialised {source}",
         **facts(metadata),
-        "time": how_long(config, model, machine, run_tokens),
+        "time": how_long(metadata, config, model, machine) if machine.device.type == "cpu" else "",
         "memory": f"about {memory:,.1f} GB per rank, beside Python and torch themselves, with "
         f"{micro} sequences per forward pass",
     }
     return "\n".join(f"{name:10}  {line}" for name, line in lines.items() if line)
 
 
-def how_long(config, model, machine, tokens):
-    """How long it takes to train on so many tokens, as a phrase; "" where that is not known."""
-    if machine.device.type != "cpu":
-        return ""
+def how_long(metadata, config, model, machine):
+    """How long a run takes on a CPU, as a phrase."""
+    tokens, limit = metadata["steps"] * metadata["step_tokens"], 3600 * config.max_hours
     seconds = tokens * seconds_per_token(model, machine) / machine.world
-    limit = 3600 * config.max_hours
     ends = f", and max_hours ends it after {config.max_hours:g}" if 0 < limit < seconds else ""
-    shown = f"{seconds / 3600:,.0f} hours" if seconds > 7200 else f"{seconds / 60:.0f} min"
-    shown = shown if seconds > 120 else f"{math.ceil(seconds / 10)}0 s"
-    return f"about {shown} on this machine{ends}"
+    size, unit = (3600, "hours") if seconds > 7200 else (60, "min") if seconds > 120 else (1, "s")
+    return f"about {math.ceil(seconds / size):,} {unit} on this machine{ends}"
 
 
 def seconds_per_token(model, machine):
-    """What a token of training costs on this CPU, estimated: its matmuls at the speed of a part of
-    the head's, the rest at that of a softmax over a part of its logits.
-
-    The rest was measured in experiments 1, 3, 5, 6_small and the demo, in both dtypes: it is 3.3
-    softmaxes over the vocabulary, and as much as 115 logits for each channel of each layer. So the
-    estimate was within 1.4 of the time.
-    """
+    """What a token of training costs on this CPU, estimated within 1.4: its matmuls at the speed of
+    a part of the head's, the rest as 3.3 softmaxes over the vocabulary and 115 logits' share of one
+    for each channel of each layer, as measured in experiments 1, 3, 5, 6_small and the demo."""
     args, times = model.args, []
     width = min(args["d_model"], 512)  # wider ones are as fast
     x, weight = (torch.randn(n, width).to(machine.dtype) for n in (256, 8192))

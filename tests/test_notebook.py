@@ -8,9 +8,11 @@ import report
 import train
 from config import Config
 from lab.console import UserError
-from lab.notebook import INVITES, SavedRun, entry, write_entry
+from lab.notebook import INVITES, write_entry
 
-MINE = "It learns.\n\n# Next\n\n[a](b.txt) ![c](<d e.png>)\n\n```\n# a comment\n```\n"
+MINE = (
+    "It learns.\n\n# Next\n\n[a](b.txt) ![c](<d e.png>) [d](https://e.f)\n\n```\n# a comment\n```\n"
+)
 
 
 def leave(name, began="2026-11-01 10:00:00", doc="Does it learn?", samples=(), val=(), **figures):
@@ -60,7 +62,7 @@ def text_of(path):
 
 def whole():
     """The notebook of all runs, written anew."""
-    report.main(["--notebook", "--recorded", "no"])
+    report.main(["--notebook"])
     return Path("out/notebook.md").read_text()
 
 
@@ -68,7 +70,7 @@ def whole():
 
 
 SAYS = '"""Tiny: why?\n\nQuestion: how?\nExpected: a loss of 4.\n"""\nmax_steps = 6\n'
-EXPECTS = "expected_ppl = (1, 1e9)\nrecorded_ppl = 65.71\n"
+EXPECTS = "expected_ppl = (1, 1e9)\n"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ EXPECTS = "expected_ppl = (1, 1e9)\nrecorded_ppl = 65.71\n"
         ("--seed 1", "Tiny: why?", "Question: how?", "| seed | 0 | 1 |", "a loss of 4.", True),
         (
             "--max_steps 7",
-            "run, after tiny.py",
+            "After tiny.py",
             "> Question: how?",
             "| max_steps | 6 | 7 |",
             "nothing was said",
@@ -95,15 +97,6 @@ def test_an_entry_says_what_was_run(tiny, capsys, words, title, question, row, e
     assert f"## Expected\n\n{expected}" in text
     assert f"train.py tiny.py {words} --out_dir out/run\n" in text
     assert (": met" in text) == (": met" in shown) == judged
-    assert ("65.71" in text) == ("65.71" in shown) == (words[:11] != "--max_steps")
-
-
-def test_an_evaluation_without_figures_is_in_the_entry(in_tmp):
-    run = leave("a", val_loss=800.0, val_ppl=None, val_ppl_word=None, train_loss=None)
-    assert "| nan | 800.0000 | inf | - |" in entry(SavedRun(run))
-    leave("a", val_loss=None, val_ppl=None)
-    write_entry(run)
-    assert "No evaluation yet" in text_of(run)
 
 
 # --- what the user writes is theirs
@@ -143,27 +136,21 @@ def test_an_entry_that_somebody_wrote_in_is_kept_each_time(run, capsys):
 # --- the whole notebook
 
 
-def test_the_runs_stand_in_the_order_in_which_they_began(run):
-    leave("z", "2026-11-01 09:59", "Does *it* learn?")
-    leave("m", "2026-11-01 10:00:01")
-    text = whole()
-    titles = ["All runs", "Does *it* learn? - 2026-11-01 (z)"]
-    titles += [f"Does it learn? - 2026-11-01 ({name})" for name in "am"]
-    assert re.findall("^## (.*)$", text, re.MULTILINE) == titles
-    anchors = re.findall(r"^1\. \[.*\]\(#(.*)\)$", text, re.MULTILINE)
-    assert anchors == re.findall('<a id="(.*)">', text)
-    assert "](report.png)" in text and "](z/curve.png)" in text
-
-
-def test_no_part_of_an_entry_leaves_its_section(run):
+def test_the_runs_stand_in_the_order_in_which_they_began_with_their_links(run):
     (run / "conclusion.md").write_text(MINE)
-    leave("b", "2026-11-02", samples=[["p", "```\n# sample\n~~~\n[x](y)"]])
-    leave("c d\n*e*", "2026-11-03")
+    leave("z", "2026-11-01 09:59", "Does *it* learn?", [["p", "```\n# sample\n~~~\n[x](y)"]])
+    leave("c d*e*", "2026-11-01 10:00:01")
     text = whole()
-    assert len(re.findall("^## ", text, re.MULTILINE)) == 4
-    for line in ("### Conclusion", "### Next", "# a comment\n```", "# sample", "[x](y)"):
+    titles = ["Notebook", "All runs", "Does *it* learn? - 2026-11-01 (z)"]
+    titles += [f"Does it learn? - 2026-11-01 ({name})" for name in ("a", "c d*e*")]
+    anchors = re.findall(r"^1\. \[(.*)\]\(#(.*)\)$", text, re.MULTILINE)
+    assert anchors == list(zip(titles[1:], re.findall('<a id="(.*)">', text), strict=True))
+    assert all(f"\n# {title}\n" in text for title in titles)
+    for line in ("## Conclusion", "# a comment\n```", "# sample", "[x](y)"):
         assert f"\n{line}\n" in text, line
-    assert "[a](a/b.txt) ![c](<a/d e.png>)" in text and "](c%20d%0A%2Ae%2A/curve.png)" in text
+    assert "[a](a/b.txt) ![c](<a/d e.png>) [d](https://e.f)" in text
+    assert "](report.png)" in text and "](z/curve.png)" in text
+    assert "](c%20d%2Ae%2A/curve.png)" in text
 
 
 def test_a_notebook_of_some_runs_leaves_the_whole_one_alone(run):

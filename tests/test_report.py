@@ -1,7 +1,4 @@
-import csv
-import io
 import json
-import math
 import os
 import re
 import shutil
@@ -14,7 +11,7 @@ from test_notebook import leave
 import report
 import train
 from lab.console import UserError
-from lab.grid import UNITS
+from lab.notebook import UNITS
 
 PROMPTS = ["--sample_prompts", "'In mathematics,', 'The cat sat on the'"]
 
@@ -42,7 +39,7 @@ def test_a_run_writes_its_own_entry_and_looking_changes_nothing(words):
     best = [line for line in metrics("out/looked", evaluations=True) if line["best"]][-1]
     text = read("out/looked/notebook.md")
     assert "Parameters: 453,657 (embeddings 402,184," in text and "20 of 20 steps" in text
-    assert f"| {best['val_loss']:.4f} | {best['val_ppl']:,.2f} | " in text
+    assert f"| {best['val_loss']:.4f} | {best['val_ppl']:,.2f} |" in text
     continued = [prompt for prompt, more in best["samples"] if more]
     assert len(continued) == 2 and all(f'Prompt: "{prompt}"' in text for prompt in continued)
     assert "Prompt:" not in read("out/not/notebook.md")
@@ -81,33 +78,26 @@ def test_a_run_killed_before_its_last_figures_makes_up_for_them(tiny, capsys):
 
 def shown(capsys, *words):
     """The runs in the order of a report's table."""
-    report.main([*words, "--format", "json"])
-    return [run["run"] for run in json.loads(capsys.readouterr().out)["runs"]]
+    report.main(words)
+    return re.findall(r"^\| ([^|]+) \|", capsys.readouterr().out, re.MULTILINE)[2:]
 
 
-def test_the_table_sorts_runs_in_every_format(in_tmp, capsys):
+def test_the_table_sorts_runs(in_tmp, capsys):
     leave("big", val_loss=4.5)
     leave("small", val_loss=6.0, val_bits_per_byte=2.0)
     leave("begun", val_loss=None)
     leave("torn")
     Path("out/torn/run.json").write_text('{"name": ')
-    report.main(["--recorded", "no"])
-    out, err = capsys.readouterr()
-    assert re.findall(r"^\| (\w+) \|", out, re.MULTILINE) == ["run", "big", "small"]
-    assert "| big | not finished | wikitext-103 | 0 | 10 | 900 |" in out
-    assert "out/begun" in err and "out/torn" in err
-    report.main(["out/big", "--format", "csv", "--recorded", "no"])
-    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
-    assert row["flops"] == "54000" and Path("out/report-selected.png").exists()
-
-
-def test_what_the_configs_record_stands_beside_wikitext_alone(in_tmp, capsys):
-    leave("other")
-    assert shown(capsys) == ["other"]
-    bits = 4.5 * 242_642 / math.log(2) / 1_136_862  # 4.5 nats for each token of WikiText
-    leave("here", val=dict(sha256="two", bytes=1_136_862), val_bits_per_byte=bits)
-    names = " ".join(name.partition(",")[0] for name in shown(capsys))
-    assert "exp4 exp3 here exp2 exp1" in names
+    about = Path("out/small/run.json")
+    about.write_text(about.read_text().replace('"recorded_ppl": 0.0', '"recorded_ppl": 65.71'))
+    report.main([])
+    out = capsys.readouterr().out
+    assert "| recorded_ppl |" in out and out.count("| 65.71 |") == 1
+    assert re.findall(r"^\| (\w+) \|", out, re.MULTILINE) == ["run", "big", "small", "begun"]
+    assert "| big | not finished, step 9, 0 skipped | wikitext-103 | 0 | 4.5000 | - | 10 |" in out
+    assert "| begun | not finished, step 9, 0 skipped | wikitext-103 | 0 | - | - | 10 |" in out
+    report.main(["out/big"])
+    assert " | 54,000 | " in capsys.readouterr().out and Path("out/report-selected.png").exists()
 
 
 def test_each_validation_text_has_a_table_of_its_own(in_tmp, capsys):
@@ -118,7 +108,7 @@ def test_each_validation_text_has_a_table_of_its_own(in_tmp, capsys):
     changed = changed.replace('"learning_rate": 0.0004', '"learning_rate": 0.5')
     changed = changed.replace('"max_steps": 0', '"max_steps": 20')
     Path("out/b/run.json").write_text(changed)
-    report.main(["--recorded", "no"])
+    report.main([])
     first, second = capsys.readouterr().out.split("### ")[1:]
     runs = [re.findall(r"^\| (\w+) \|", part, re.MULTILINE) for part in (first, second)]
     assert runs == [["run", "b", "a"], ["run", "c"]]
@@ -126,9 +116,10 @@ def test_each_validation_text_has_a_table_of_its_own(in_tmp, capsys):
     assert "| seed |" in second and "learning_rate" not in second
     # two tokenizers: by bits per byte, which is said and drawn
     assert "bits per byte" in first and "bits per byte" not in second
-    both = report.texts_of(map(report.SavedRun, ["out/a", "out/b", "out/c"]), False)
-    assert [ax.get_ylabel() for ax in report.draw_curves(both).axes] == list(UNITS.values())[::-1]
-    assert report.draw(both).axes[0].get_lines()[0].get_ydata() == [1.0]
+    texts = report.texts_of(report.runs_in(["out"]))
+    sizes, *curves = report.draw(texts).axes
+    assert [ax.get_ylabel() for ax in curves] == list(UNITS.values())[::-1]
+    assert sizes.get_lines()[0].get_ydata() == [1.5]
 
 
 def test_runs_are_found_through_links_and_files_are_left_out(in_tmp, capsys):
@@ -137,16 +128,9 @@ def test_runs_are_found_through_links_and_files_are_left_out(in_tmp, capsys):
     os.symlink("../elsewhere/group", "out/group")
     os.symlink("..", "out/a/up")  # a circle: out is not searched twice
     Path("out/report.png").write_text("")
+    leave("../elsewhere/group/a")  # another run of that name
     for words in [], [str(path) for path in Path("out").iterdir()]:
-        assert sorted(shown(capsys, *words)) == ["a", "b$5_vs_$6"]
-
-
-def test_a_run_that_cannot_be_read_is_one_line(in_tmp):
-    leave("a")
-    os.remove("out/a/metrics.jsonl")
-    os.mkdir("out/a/metrics.jsonl")
-    with pytest.raises(UserError, match="out/a/metrics.jsonl"):
-        report.main([])
+        assert sorted(shown(capsys, *words)) == ["a", "a", "b$5_vs_$6"]
 
 
 def test_no_run_to_show_is_one_line(in_tmp):

@@ -96,7 +96,7 @@ sweep() { # NAME CONFIG --setting value,value ...
     once "$name" "$PYTHON" sweep.py "config/$config.py" --dataset choose --dtype bfloat16 \
         --dropout 0 --max_steps 1000 --log_interval 50 --save_interval 2000 \
         --sample_prompts "()" --out_dir "out/gpu/$name" --jobs "$jobs" "$@" "${extra[@]}" && return
-    [[ ! -d out/gpu/$name ]] || "$PYTHON" report.py "out/gpu/$name" --recorded False # what there is
+    [[ ! -d out/gpu/$name ]] || "$PYTHON" report.py "out/gpu/$name" # what there is
     return 1
 }
 
