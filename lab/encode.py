@@ -31,9 +31,8 @@ def cut(text):
     """A text in parts, cut inside long runs of white space. GPT-2's pattern leaves the last
     character of white space to the word after it."""
     windows = (text[start : start + LONG_RUN] for start in range(0, len(text), LONG_RUN))
-    if not any(window.isspace() for window in windows):
-        return [text]
-    runs = re.finditer(rf"{WHITE}{{{LONG_RUN},}}", text)
+    is_long = any(window.isspace() for window in windows)
+    runs = re.finditer(rf"{WHITE}{{{LONG_RUN},}}", text) if is_long else ()
     cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
     return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
 

@@ -8,7 +8,6 @@ there; amid a long document it does not. docs/data.md says what is read.
 import gzip
 import io
 import json
-import math
 import os
 import re
 import shlex
@@ -219,8 +218,7 @@ def named_splits(where, paths):
 
 
 def choose(where, paths):
-    """The paths that are read of these: files of rows, or where there are none the texts. Raises
-    UserError where there are neither."""
+    """The paths that are read of these: rows, or where there are none texts. Raises UserError."""
     kinds = {path: kind_of(path) for path in paths}
     for kind in ("rows", "text"):
         if chosen := [path for path in paths if kinds[path] == kind]:
@@ -245,12 +243,12 @@ def path_source(path, options):
 def read_files(chosen, options):
     """(split, rows, ends) of {split: paths}."""
     for split, paths in chosen.items():
-        to_val = options.val_fraction if split == "train" and "val" not in chosen else 0
+        every = 0 if split != "train" or "val" in chosen else round(1 / options.val_fraction)
         if suffix_of(paths[0]) in ROWS:
             rows = (texts for path in paths for texts in read_rows(path, options.column))
-            yield from in_splits(split, rows, to_val)
+            yield from in_splits(split, rows, every)
             continue
-        parts = divide_texts(paths, to_val) if to_val else [(split, path) for path in paths]
+        parts = divide_texts(paths, every) if every else [(split, path) for path in paths]
         for part, path, *places in parts:
             for block in read_text(path, options.separator == "endoftext", *places):
                 yield part, *block
@@ -259,47 +257,40 @@ def read_files(chosen, options):
 # --- a validation split for a text that has none ------------------------------------------------
 
 
-def is_val(number, fraction):
-    """Whether the row of a number, counted from 1, is val's: every 20th for 0.05."""
-    return math.floor(number * fraction) > math.floor((number - 1) * fraction)
-
-
-def in_splits(split, rows, to_val):
-    """(split, rows, ends) of a split's rows, given as lists; a null is none. to_val of them become
-    val's, evenly spaced."""
+def in_splits(split, rows, every):
+    """(split, rows, ends) of a split's rows, given as lists; a null is none. Every so many becomes
+    val's, none for 0."""
     number = 0
     for texts in rows:
         parts = {split: [], "val": []}
         for text in texts:
             if text is not None:
                 number += 1
-                parts["val" if is_val(number, to_val) else split].append(text)
+                parts["val" if every and number % every == 0 else split].append(text)
         yield from ((part, texts, True) for part, texts in parts.items() if texts)
 
 
-def divide_texts(paths, to_val):
+def divide_texts(paths, every):
     """[(split, path, start, end)] of text files without a validation split, in characters. One is
-    cut; of several, in the order of their sizes, each 20th is val's for 0.05, at least one."""
+    cut; of several, from the largest to the smallest, every so many is val's, at least the last."""
     if len(paths) == 1:
-        place = place_of_cut(paths[0], to_val)
+        place = place_of_cut(paths[0], every)
         return [("train", paths[0], 0, place), ("val", paths[0], place)]
     by_size = sorted(paths, key=lambda path: -path.stat().st_size)
-    val = {path for number, path in enumerate(by_size, 1) if is_val(number, to_val)}
-    val = val or {by_size[-1]}
+    val = set(by_size[every - 1 :: every] or by_size[-1:])
     return [("val" if path in val else "train", path) for path in paths]
 
 
-def place_of_cut(path, to_val):
-    """The character to cut a text file at: the line that begins nearest, or where none does, the
-    nearest blank, or between any two."""
+def place_of_cut(path, every):
+    """The character at which the last part of so many of a text file begins: with the line that is
+    nearest, or where none begins nearby, with a blank."""
     size = sum(map(len, read_chunks(path)))
-    wanted = int(size * (1 - to_val))
+    wanted = size - size // every
     start = max(0, wanted - min(BLOCK, size - wanted))
     window = "".join(read_chunks(path, start, wanted + BLOCK)).rstrip()
-    for place in (r"(?<=\n)", r"(?= )", r""):
-        if found := [start + match.start() for match in re.finditer(place, window)]:
-            return min(found, key=lambda at: abs(at - wanted))
-    return wanted
+    place = r"(?<=\n)" if "\n" in window else r"(?= )"
+    found = [start + match.start() for match in re.finditer(place, window)]
+    return min(found, key=lambda at: abs(at - wanted), default=wanted)
 
 
 # --- not from a disk ----------------------------------------------------------------------------
@@ -323,8 +314,8 @@ def hub_rows(repository, config, origin, options, fix):
             tables = found[split].with_format("arrow").iter(batch_size=1024)
             rows = (table.to_pylist() for table in tables)
             texts = ([text_at(row, options.column, repository) for row in part] for part in rows)
-            to_val = options.val_fraction if split == "train" and "val" not in found else 0
-            yield from in_splits(split, texts, to_val)
+            every = 0 if split != "train" or "val" in found else round(1 / options.val_fraction)
+            yield from in_splits(split, texts, every)
     except Exception as error:
         raise no_hub(repository, error, fix) from None
 

@@ -246,7 +246,7 @@ def test_one_text_file_is_divided_near_a_line_end_or_a_blank(encoding, tmp_path)
     for content, val in (
         ("".join(f"row {i} of a long ünd\n" for i in range(30)), "row 29 "),
         ("paragraph " * 30 + "paragraph-y\n ", " paragraph-y\n "),
-        ("字字字字字", "字"),
+        ("字" * 40, "字字"),
     ):
         write(tmp_path, {"one.txt": content})
         ids = ids_of(tmp_path, tmp_path / "one.txt")
