@@ -208,7 +208,7 @@ def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more
             return Dataset(named, data_dir)
         write_data_set(named, options)
     except OSError as error:
-        raise UserError(f"cannot prepare {name}, and keep nothing: {first_line(error)}") from None
+        raise UserError(f"cannot prepare {name} ({first_line(error)}); nothing was kept") from None
     dataset = Dataset(named, data_dir)
     train = dataset.counts["train"]
     vocabulary = f"{dataset.vocab_size:,} tokens of {train.bytes / train.tokens:.2f} bytes"

@@ -4,13 +4,10 @@ import errno
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, load_tokens
+from helpers import load_tokens
 from test_text import jsonl, slow_ids, write
 
 import prepare
@@ -88,13 +85,14 @@ def test_a_user_s_own_files_in_the_target_folder_are_left_alone(tmp_path, source
 
 
 def test_two_at_once_do_not_mix(tmp_path, source):
-    (tmp_path / "data/own/.partial").mkdir(parents=True)  # the other's
+    write(tmp_path / "data/own/.partial", {"train.bin": "the other's"})
     with Lock() as lock:
         lock.take(tmp_path / "data/.own.lock", "", "")
         with pytest.raises(UserError, match=f"process {os.getpid()} on "):
             prepare.prepare("own", source, data_dir=tmp_path / "data")
-        assert (tmp_path / "data/own/.partial").exists()
-    prepare.prepare("own", source, data_dir=tmp_path / "data")
+        assert (tmp_path / "data/own/.partial/train.bin").exists()
+    prepare.prepare("own", source, data_dir=tmp_path / "data")  # what a killed one left is removed
+    assert sorted(os.listdir(tmp_path / "data/own")) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_a_full_disk_leaves_what_was_there_also_behind_a_link(
@@ -131,22 +129,6 @@ def test_mistakes_on_the_command_line(tmp_path, script, monkeypatch):
             prepare.main(words)
 
 
-def test_an_interrupted_prepare_leaves_nothing(tmp_path, source):
-    code = (
-        "import sys, prepare, time; from lab import text; from lab.console import run\n"
-        "def wait(*args):\n    print('begun', flush=True); time.sleep(60)\n    yield\n"
-        "text.read_text = wait; sys.argv[1:] = ['own', '--source', 'src']; run(prepare.main)"
-    )
-    (tmp_path / "data/own/.partial").mkdir(parents=True)  # what a killed one left behind
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as child:
-        assert child.stdout.readline() == b"begun\n"
-        child.send_signal(signal.SIGINT)
-        assert child.wait(timeout=60) == 1
-    assert not os.listdir(tmp_path / "data/own")
-
-
 def test_damaged_token_files_are_refused(tmp_path, source):
     data = tmp_path / "data"
     prepare.prepare("own", source, data_dir=data)
@@ -162,12 +144,11 @@ def test_damaged_token_files_are_refused(tmp_path, source):
 
 
 def test_the_demo_is_python_s_own_documentation(tmp_path):
-    meta = prepare.prepare("demo", data_dir=tmp_path)
-    assert meta.separator == "newline"
-    sizes = [meta.counts[split].bytes for split in ("train", "val", "test")]
+    demo = prepare.prepare("demo", data_dir=tmp_path)
+    sizes = [demo.counts[split].bytes for split in ("train", "val", "test")]
     assert 0.85 < sizes[0] / sum(sizes) < 0.95 and min(sizes) > 0.03 * sum(sizes)
-    assert "statement" in meta.encoding().decode(load_tokens("demo", "train", tmp_path).tolist())
-    assert meta.vocab_size == 2048  # its own
+    assert "statement" in demo.encoding().decode(demo.split("train").tokens.tolist())
+    assert (demo.separator, demo.vocab_size) == ("newline", 2048)
 
 
 # --- the hub ------------------------------------------------------------------------------------

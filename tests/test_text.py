@@ -4,8 +4,6 @@ import gzip
 import json
 import os
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +55,8 @@ def write(folder, files):
     return folder
 
 
-def jsonl(rows, column="text"):
-    return "".join(json.dumps({column: row}) + "\n" for row in rows)
+def jsonl(rows):
+    return "".join(json.dumps({"text": row}) + "\n" for row in rows)
 
 
 def ids_of(tmp_path, source, separator="", **options):
@@ -124,9 +122,8 @@ def test_marks_halves_nulls_and_line_ends(encoding, tmp_path):
 def test_gzip(encoding, tmp_path):
     content = "a text\n\n  of lines\n" * 30
     packed = gzip.compress(content.encode())
-    write(
-        tmp_path, {"one.txt.gz": packed, "rows.jsonl.gz": gzip.compress(jsonl(["r"] * 20).encode())}
-    )
+    rows = gzip.compress(jsonl(["r"] * 20).encode())
+    write(tmp_path, {"one.txt.gz": packed, "rows.jsonl.gz": rows})
     ids = ids_of(tmp_path, tmp_path / "one.txt.gz")
     assert encoding.decode(ids["train"][:-1] + ids["val"][:-1]) == content
     assert ids_of(tmp_path, tmp_path / "rows.jsonl.gz")["val"] == slow_ids(encoding, ["r"])
@@ -195,16 +192,15 @@ def test_what_is_no_one_text_is_refused(tmp_path, files, named):
     refused(tmp_path, write(tmp_path / "src", files), named)
 
 
-def test_a_file_that_is_not_text_is_named(tmp_path):
-    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
-        archive.add(__file__, "a.txt")
-    with zipfile.ZipFile(tmp_path / "x.docx", "w") as archive:
-        archive.writestr("word/document.xml", "text")
-    write(tmp_path, {"x.pdf": "%PDF-1.4", "x.bin": b"a\0b", "x.json": "[]"})
-    kinds = {"x.tar.gz": "tar xf", "x.docx": "docx", "x.pdf": "pdftotext", "x.bin": "binary"}
-    kinds |= {"x.json": "jq"}
-    for name, kind in kinds.items():
-        refused(tmp_path, tmp_path / name, name, kind)
+def test_a_file_that_is_not_text_is_named_with_the_command_that_converts_it(encoding, in_tmp):
+    kinds = {"x.tar.gz": "tar xf", "x.docx": "pandoc", "x.pdf": "pdftotext", "x.json": "jq"}
+    for name, kind in (kinds | {"x.zip": "unzip", "x.bin": "binary"}).items():
+        refused(in_tmp, write(in_tmp, {name: b"a\0b"}) / name, name, kind)
+    for name, separator in ("t.csv", ","), ("t.tsv", "\t"):
+        write(in_tmp, {name: f"id{separator}text\n" + f'1{separator}"a\nb"\n' * 20})
+        command = refused(in_tmp, Path(name), name).split("`")[1]
+        os.system(command.replace("python", sys.executable))
+        assert ids_of(in_tmp, "NEW.jsonl")["val"] == slow_ids(encoding, ["a\nb"])
 
 
 def test_a_folder_without_splits_is_all_its_text(encoding, tmp_path, capsys):
@@ -217,10 +213,8 @@ def test_a_folder_without_splits_is_all_its_text(encoding, tmp_path, capsys):
     assert "skipped 3 files that are not text\n" in capsys.readouterr().out
     val = encoding.decode(ids["val"][:-1])
     assert val in texts and ids["val"].count(END) == 1 and ids["train"].count(END) == 24
-    few = ids_of(
-        tmp_path, write(tmp_path / "few", {"a.md": "a " * 40, "b.md": "b " * 20, "c.md": "c " * 30})
-    )
-    assert few["val"] == slow_ids(encoding, ["b " * 20])
+    write(tmp_path / "few", {"a.md": "a " * 40, "b.md": "b " * 20, "c.md": "c " * 30})
+    assert ids_of(tmp_path, tmp_path / "few")["val"] == slow_ids(encoding, ["b " * 20])
 
 
 def test_links_are_followed_and_what_cannot_be_read_ends_it(encoding, tmp_path, monkeypatch):
@@ -254,14 +248,6 @@ def test_one_text_file_is_divided_near_a_line_end_or_a_blank(encoding, tmp_path)
         assert encoding.decode(ids["val"]).startswith(val)
     refused(tmp_path, write(tmp_path, {"x.txt": "x"}) / "x.txt", "x.txt")
     refused(tmp_path, write(tmp_path, {"x.jsonl": jsonl(["x"] * 9)}) / "x.jsonl", "--val_fraction")
-
-
-def test_a_table_is_refused_with_the_command_that_makes_rows_of_it(encoding, in_tmp):
-    for name, separator in ("t.csv", ","), ("t.tsv", "\t"):
-        Path(name).write_text(f"id{separator}text\n" + f'1{separator}"a\nb"\n' * 20)
-        command = refused(in_tmp, Path(name), name).split("`")[1]
-        os.system(command.replace("python", sys.executable))
-        assert ids_of(in_tmp, "NEW.jsonl")["val"] == slow_ids(encoding, ["a\nb"])
 
 
 def test_rows_are_divided_evenly_wherever_they_lie(encoding, tmp_path):
