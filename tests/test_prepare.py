@@ -129,20 +129,6 @@ def test_mistakes_on_the_command_line(tmp_path, script, monkeypatch):
             prepare.main(words)
 
 
-def test_damaged_token_files_are_refused(tmp_path, source):
-    data = tmp_path / "data"
-    prepare.prepare("own", source, data_dir=data)
-    path = data / "own/train.bin"
-    whole = path.read_bytes()
-    for spoiled in (whole[:-1], b"", whole[:-2] + b"\xff\xff"):
-        path.write_bytes(spoiled)
-        with pytest.raises(UserError, match="train.bin"):
-            load_tokens("own", "train", data)
-    (data / "own/meta.json").write_text("{")
-    with pytest.raises(UserError, match="meta.json"):
-        load_tokens("own", "train", data)
-
-
 def test_the_demo_is_python_s_own_documentation(tmp_path):
     demo = prepare.prepare("demo", data_dir=tmp_path)
     sizes = [demo.counts[split].bytes for split in ("train", "val", "test")]
