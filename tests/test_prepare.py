@@ -4,17 +4,15 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, load_tokens
+from helpers import load_tokens
 from test_text import jsonl, slow_ids, write
 
 import prepare
 from lab.console import UserError
-from lab.data import Dataset, load_tokenizer
+from lab.data import load_tokenizer
 from lab.folder import Lock
 
 TRAIN = [" \n", " = Title = \n", " \n", " It 's <|endoftext|> 42 . \n", " naïve – Ω 日本語 \n"]
@@ -30,11 +28,6 @@ def encoding():
 def source(tmp_path):
     files = {"wiki.train.raw": "".join(TRAIN), "wiki.valid.raw": "".join(VAL)}
     return write(tmp_path / "src", files)
-
-
-def left_in(folder):
-    """What a failed prepare.py left behind, beside the lock, which stays."""
-    return [path.name for path in folder.iterdir() if not path.name.endswith(".lock")]
 
 
 def test_counts_of_the_real_validation_text(shared_data, tmp_path, source):
@@ -58,25 +51,23 @@ def test_token_files_are_raw_uint16_and_meta_tells_the_truth(encoding, tmp_path,
     assert meta["source"]["name"] == str(source) and meta["separator"] == "none"
 
 
-def test_prepared_and_unchanged_is_left_alone(tmp_path, source, capsys):
+def test_what_is_prepared_is_replaced_only_by_force(tmp_path, source, capsys):
     data = tmp_path / "data"
-    prepare.prepare("own", source, data_dir=data)
-    before = (data / "own/train.bin").stat().st_ino
-    prepare.prepare("own", source, data_dir=data)
+    prepare.prepare("wikitext-2", source, data_dir=data)
+    before = (data / "wikitext-2/train.bin").stat().st_ino
+    prepare.prepare("wikitext-2", data_dir=data)  # from whatever source
     assert "already prepared" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--force"):
-        prepare.prepare("own", source, "newline", data)
-    with pytest.raises(UserError, match="--source PATH --force"):
+    for more in (dict(separator="newline"), dict(source=source)):
+        with pytest.raises(UserError, match="separator none.*--source PATH --force"):
+            prepare.prepare("wikitext-2", data_dir=data, **more)
+    assert (data / "wikitext-2/train.bin").stat().st_ino == before
+    write(source, {"wiki.valid.raw": "else one\n"})
+    dataset = prepare.prepare("wikitext-2", source, data_dir=data, force=True)
+    assert dataset.counts["val"].words == 2
+    assert sorted(os.listdir(data / "wikitext-2")) == ["meta.json", "train.bin", "val.bin"]
+    prepare.prepare("own", source, data_dir=data)
+    with pytest.raises(UserError, match="is prepared.*train.py.*--force"):
         prepare.prepare("own", data_dir=data)
-    write(source, {"wiki.valid.raw": "else\n", "wiki.test.raw": "a test\n"})
-    with pytest.raises(UserError, match="--force"):
-        prepare.prepare("own", source, data_dir=data)
-    assert (data / "own/train.bin").stat().st_ino == before
-    prepare.prepare("own", source, data_dir=data, force=True)
-    assert Dataset("own", data).counts["val"].words == 1
-    (source / "wiki.test.raw").unlink()  # a split that the new source lacks does not stay behind
-    prepare.prepare("own", source, data_dir=data, force=True)
-    assert sorted(os.listdir(data / "own")) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_a_user_s_own_files_in_the_target_folder_are_left_alone(tmp_path, source):
@@ -89,26 +80,25 @@ def test_a_user_s_own_files_in_the_target_folder_are_left_alone(tmp_path, source
     (folder / "meta.json").unlink()
     (folder / "train.bin").write_bytes(b"another program's")
     with pytest.raises(UserError, match="nanoGPT"):
-        prepare.prepare("own", folder, data_dir=tmp_path / "data", force=True)
-    with pytest.raises(UserError, match="nanoGPT"):
-        Dataset("own", tmp_path / "data")
+        prepare.prepare("own", folder, data_dir=tmp_path / "data")
     assert (folder / "train.bin").read_bytes() == b"another program's"
 
 
 def test_two_at_once_do_not_mix(tmp_path, source):
-    (tmp_path / "data/.own.partial").mkdir(parents=True)  # the other's
+    write(tmp_path / "data/own/.partial", {"train.bin": "the other's"})
     with Lock() as lock:
         lock.take(tmp_path / "data/.own.lock", "", "")
         with pytest.raises(UserError, match=f"process {os.getpid()} on "):
             prepare.prepare("own", source, data_dir=tmp_path / "data")
-        assert (tmp_path / "data/.own.partial").exists()
-    prepare.prepare("own", source, data_dir=tmp_path / "data")
+        assert (tmp_path / "data/own/.partial/train.bin").exists()
+    prepare.prepare("own", source, data_dir=tmp_path / "data")  # what a killed one left is removed
+    assert sorted(os.listdir(tmp_path / "data/own")) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_a_full_disk_leaves_what_was_there_also_behind_a_link(
     encoding, tmp_path, source, monkeypatch
 ):
-    def full(number):
+    def full(*paths):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     data, disk = tmp_path / "data", tmp_path / "disk"
@@ -116,13 +106,13 @@ def test_a_full_disk_leaves_what_was_there_also_behind_a_link(
         folder.mkdir()
     (data / "own").symlink_to(disk)
     prepare.prepare("own", source, "none", data)
-    write(source, {"wiki.valid.raw": "else\n"})
-    monkeypatch.setattr(os, "fsync", full)
+    write(source, {"wiki.valid.raw": "else one\n"})
+    monkeypatch.setattr(os, "replace", full)
     for name in "own", "new":
         with pytest.raises(UserError, match="No space left"):
             prepare.prepare(name, source, "none", data, force=True)
     assert load_tokens("own", "val", data).tolist() == slow_ids(encoding, VAL, "none")
-    assert left_in(data) == ["own"] and (data / "own").is_symlink()
+    assert (data / "own").is_symlink() and not os.listdir(data / "new")
     assert sorted(os.listdir(disk)) == ["meta.json", "train.bin", "val.bin"]
 
 
@@ -139,51 +129,18 @@ def test_mistakes_on_the_command_line(tmp_path, script, monkeypatch):
             prepare.main(words)
 
 
-def test_an_interrupted_prepare_leaves_nothing(tmp_path, source):
-    code = (
-        "import sys, prepare, time; from lab import text; from lab.console import run\n"
-        "def wait(*args):\n    print('begun', flush=True); time.sleep(60)\n    yield\n"
-        "text.read_text = wait; sys.argv[1:] = ['own', '--source', 'src']; run(prepare.main)"
-    )
-    (tmp_path / "data/.own.partial").mkdir(parents=True)  # what a killed one left behind
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as child:
-        assert child.stdout.readline() == b"begun\n"
-        child.terminate()
-        assert child.wait(timeout=60) == 1
-    assert not left_in(tmp_path / "data")
-
-
-def test_damaged_token_files_are_refused(tmp_path, source):
-    data = tmp_path / "data"
-    prepare.prepare("own", source, data_dir=data)
-    path = data / "own/train.bin"
-    whole = path.read_bytes()
-    for spoiled in (whole[:-1], b"", whole[:-2] + b"\xff\xff"):
-        path.write_bytes(spoiled)
-        with pytest.raises(UserError, match="train.bin"):
-            load_tokens("own", "train", data)
-        with pytest.raises(UserError, match="train.bin"):
-            prepare.prepare("own", source, data_dir=data)
-    (data / "own/meta.json").write_text("{")
-    with pytest.raises(UserError, match="meta.json"):
-        load_tokens("own", "train", data)
-
-
 def test_the_demo_is_python_s_own_documentation(tmp_path):
-    meta = prepare.prepare("demo", data_dir=tmp_path)
-    assert meta.separator == "newline"
-    sizes = [meta.counts[split].bytes for split in ("train", "val", "test")]
+    demo = prepare.prepare("demo", data_dir=tmp_path)
+    sizes = [demo.counts[split].bytes for split in ("train", "val", "test")]
     assert 0.85 < sizes[0] / sum(sizes) < 0.95 and min(sizes) > 0.03 * sum(sizes)
-    assert "statement" in meta.encoding().decode(load_tokens("demo", "train", tmp_path).tolist())
-    assert meta.vocab_size == 2048  # its own
+    assert "statement" in demo.encoding().decode(demo.split("train").tokens.tolist())
+    assert (demo.separator, demo.vocab_size) == ("newline", 2048)
 
 
 # --- the hub ------------------------------------------------------------------------------------
 
 
-def test_a_data_set_of_the_hub(encoding, tmp_path, monkeypatch, capsys):
+def test_a_data_set_of_the_hub(encoding, tmp_path, monkeypatch):
     """load_dataset() reads a file of tmp_path, and a data set's newest commit is "c"."""
     import datasets
     import huggingface_hub
@@ -209,13 +166,10 @@ def test_a_data_set_of_the_hub(encoding, tmp_path, monkeypatch, capsys):
     assert val == slow_ids(encoding, rows[19::20])
     with pytest.raises(UserError, match="--column takes one of text"):
         prepare.prepare("own", column="story", force=True, **options)
-    (tmp_path / "t.jsonl").unlink()  # what is prepared needs no hub
-    prepare.prepare("own", **options)
-    assert "already prepared" in capsys.readouterr().out
 
 
 def test_no_hub_is_one_line_that_names_the_host(tmp_path, script):
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = script("prepare.py", "wikitext-103", "--vocab_size", "300", env=env, code=2)
-    assert "127.0.0.1:9" in done.stderr and "--vocab_size 300 --source" in done.stderr
-    assert not left_in(tmp_path / "data")
+    assert "127.0.0.1:9" in done.stderr and "wikitext-103-300 --source" in done.stderr
+    assert not (tmp_path / "data/wikitext-103-300/meta.json").exists()

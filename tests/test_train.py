@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ import train
 from config import load_config
 from lab import plan
 from lab.console import UserError
-from lab.data import Split, batches_of, load_tokenizer
+from lab.data import batches_of, load_tokenizer
 from lab.folder import Lock, load_checkpoint
 from lab.weights import new_model
 
@@ -112,7 +113,7 @@ def test_own_text_is_seen_a_million_times_and_speaks_for_itself(tiny):
     config = load_config([str(ROOT / "config/own.py"), "--dataset", "notes"])
     assert config.given == {"dataset": "mine"} and not config.departs
     for tokens, epochs in (3_000, 20), (300_000, 4), (5_000_000, 1):
-        split = Split(np.zeros(tokens, np.uint16), 1, 1)
+        split = SimpleNamespace(tokens=np.zeros(tokens, np.uint16))
         batches, steps = batches_of(config, split)
         assert steps == batches.epoch_end(epochs)
     tokens = np.array(load_tokenizer().encode("One two three. " * 50) + [50256], np.uint16)

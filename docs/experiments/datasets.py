@@ -14,7 +14,6 @@ training ids the first 105,000,000 are trained on:
 import codecs
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from lab.console import UserError, run
 from lab.data import Dataset, load_tokenizer
 from lab.folder import write_text, write_whole
 from lab.settings import command_line, setting
-from prepare import move_in
 
 TEXT = "tokens of English Wikipedia articles, not WikiText-103's own training text"
 BLOCK = 1_000_000  # ids that are decoded at a time
@@ -59,14 +57,11 @@ def counts_of(ids, encoding):
 
 
 def write(folder, meta, files):
-    """Write a data set, whole or not at all. files: {split: its ids}."""
-    part = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for split, ids in files.items():
-        write_whole(part / f"{split}.bin", lambda file, ids=ids: file.write(ids))
-    write_text(part / "meta.json", json.dumps(meta, indent=2) + "\n")
-    move_in(part, folder)
+    """Write a data set, files: {split: its ids}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    for split, ids in files.items():  # stopped midway, meta.json's hashes tell
+        write_whole(folder / f"{split}.bin", lambda file, ids=ids: file.write(ids))
     for split, counts in meta["splits"].items():
         print(
             f"{folder}, {split}: {counts['tokens']:,} tokens, {counts['words']:,} words, "
