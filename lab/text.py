@@ -214,6 +214,12 @@ def named_splits(where, paths):
         if shards and {len(shards)} != set(shards):
             why = f"{where} has {len(shards)} shards of its {split} split, as {part[0]}"
             raise UserError(f"{why}; bring all shards of one text, or give --source one of them")
+        twins = {}  # wiki.train.raw and wiki.train.tokens are one text
+        for path in part:
+            stem = path.name.lower().removesuffix(".gz").removesuffix(suffix_of(path))
+            other = twins.setdefault(stem, path)
+            if split_of(stem) and other.name != path.name:
+                raise UserError(f"{where} holds {other} and {path}; give --source one of them")
     return found
 
 
@@ -297,16 +303,17 @@ def place_of_cut(path, every):
 
 
 def hub_rows(repository, config, origin, options, fix):
-    """(split, rows, ends) of a data set of the Hugging Face hub, read while it is downloaded. Where
-    origin has no revision it gets the newest. fix: for the message where the hub does not give it.
-    Raises UserError."""
+    """(split, rows, ends) of a data set of the Hugging Face hub. --hub's is read while it is
+    downloaded, WikiText is kept by datasets' cache. Where origin has no revision it gets the
+    newest. fix: for the message where the hub does not give it. Raises UserError."""
     import datasets
     import huggingface_hub
 
     try:
         revision = origin["revision"] or huggingface_hub.HfApi().dataset_info(repository).sha
         origin["revision"] = revision
-        loaded = datasets.load_dataset(repository, config, revision=revision, streaming=True)
+        how = dict(revision=revision, streaming=bool(options.hub))
+        loaded = datasets.load_dataset(repository, config, **how)
         found = {split_of(name): rows for name, rows in loaded.items()}
         if "train" not in found:
             raise UserError(f"{repository} has no train split, only {', '.join(loaded)}")
