@@ -19,7 +19,7 @@ from config import Config, load_config
 from lab.console import progress, run
 from lab.data import Batches, vocabulary_of
 from lab.folder import read_json
-from lab.machine import has_bfloat16, open_machine
+from lab.machine import open_machine
 from lab.settings import setting
 from lab.trainer import Trainer
 from lab.weights import new_model, settle
@@ -37,9 +37,9 @@ class Options(Config):
 
 def main(argv=None):
     config = load_config(argv, "bench.py", Options)
-    with open_machine(config) as machine:
-        config, weights = settle(config, machine)
-        bench(config, machine, new_trainer(config, machine, weights))
+    machine = open_machine(config)
+    config, weights = settle(config, machine)
+    bench(config, machine, new_trainer(config, machine, weights))
 
 
 def new_trainer(config, machine, weights=None):
@@ -92,7 +92,7 @@ def seconds(machine, function, *args):
     """How long function(*args) takes, waited for."""
     began = time.perf_counter()
     function(*args)
-    machine.wait()
+    getattr(torch, machine.device.type).synchronize()
     return time.perf_counter() - began
 
 
@@ -101,7 +101,7 @@ def matmul_peak(machine):
     median of half a second."""
     n = 2048 if machine.device.type == "cpu" else 8192
     dtypes = {torch.float32, machine.dtype}
-    if machine.device.type == "cpu" and has_bfloat16():
+    if machine.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         dtypes.add(torch.bfloat16)
     peaks = []
     for dtype in sorted(dtypes, key=str):  # in one order on all ranks

@@ -26,7 +26,7 @@ from pathlib import Path
 from lab.console import ROOT, UserError, command, cpu_cores, first_line, progress, run
 from lab.data import HUB_CONFIGS, VOCAB_SIZE, Dataset, check_ours, load_tokenizer, vocabulary_of
 from lab.encode import encode_rows, learn, texts_of
-from lab.folder import Lock
+from lab.folder import take_lock
 from lab.settings import command_line, setting
 from lab.text import BLOCK, SPLITS, Source, demo_blocks, hub_blocks, path_source
 
@@ -266,19 +266,18 @@ def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more
     named = f"{name}-{vocab_size}" if name in HUB_CONFIGS and vocab_size != VOCAB_SIZE else name
     folder = Path(data_dir, named).resolve()  # what a link stands for
     part = folder / ".partial" if folder.is_dir() else folder.parent / f".{named}.partial"
-    with Lock() as lock:
-        try:
-            Path(data_dir).mkdir(parents=True, exist_ok=True)
-            fix = "wait for it, or choose another name or --data_dir"
-            lock.take(Path(data_dir, f".{named}.lock"), Path(data_dir, named), fix)
-            write_data_set(named, options, folder, part)
-        except OSError as error:
-            why = first_line(error)
-            fix = "nothing was kept; put that right and run it again"
-            raise UserError(f"cannot prepare {name}: {why}; {fix}") from None
-        finally:
-            if lock.owned:  # or it is another process's
+    fix = "wait for it, or choose another name or --data_dir"
+    try:
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with take_lock(Path(data_dir, f".{named}.lock"), Path(data_dir, named), fix):
+            try:
+                write_data_set(named, options, folder, part)
+            finally:
                 shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        why = first_line(error)
+        fix = "nothing was kept; put that right and run it again"
+        raise UserError(f"cannot prepare {name}: {why}; {fix}") from None
     return Dataset(named, data_dir)
 
 

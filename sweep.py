@@ -23,7 +23,7 @@ import report
 from config import Config, load_grid
 from lab.console import ROOT, UserError, command, cpu_cores, run, stop_signals
 from lab.data import Dataset, batches_of
-from lab.folder import Lock, read_json, write_text
+from lab.folder import read_json, take_lock, write_text
 from lab.grid import Trial, label
 from lab.machine import Machine, choose_device, ranks_of
 from lab.notebook import invite
@@ -98,30 +98,28 @@ def runs_of(sweep, vary):
     return {folder: common | settings for folder, settings in sweep.get("runs", {}).items()}
 
 
-def claim(top, config, trials, this_command, lock):
-    """Own the sweep's folder, and write sweep.json: the command, the settings of the first run, and
-    for all runs what varies and their steps. Raises UserError."""
+def claim(top, config, trials, this_command):
+    """Write sweep.json: the command, the settings of the first run, and for all runs what varies
+    and their steps. Returns the lock of the sweep's folder. Raises UserError, OSError."""
     new, vary = config.plain(), list(trials[0].settings)
-    try:
-        os.makedirs(top, exist_ok=True)
-        lock.take(f"{top}/.lock", top, "wait for it, or choose another --out_dir")
-        old = read_json(f"{top}/sweep.json")
-        before = new | old.get("config", {}) | {name: new[name] for name in vary}
-        shared = [name for name in SHARED if before[name] not in ("auto", new[name])]
-        changed = [f"{name} was {before[name]}, now {new[name]}" for name in shared]
-        if changed := config.differences(before) + changed:
-            raise UserError(
-                f"{top} holds another sweep, `{old['command']}`: {'; '.join(changed)}; choose "
-                "another --out_dir"
-            )
-        runs = {os.path.basename(trial.folder): trial.settings for trial in trials}
-        steps = {os.path.basename(trial.folder): trial.steps for trial in trials}
-        runs, steps = runs_of(old, vary) | runs, old.get("steps", {}) | steps
-        sweep = dict(command=this_command, vary=vary, runs=runs, steps=steps, config=new)
-        write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
-        invite(top)
-    except OSError as error:
-        raise UserError(f"cannot write into {top}: {error.strerror}; fix that") from None
+    os.makedirs(top, exist_ok=True)
+    lock = take_lock(f"{top}/.lock", top, "wait for it, or choose another --out_dir")
+    old = read_json(f"{top}/sweep.json")
+    before = new | old.get("config", {}) | {name: new[name] for name in vary}
+    shared = [name for name in SHARED if before[name] not in ("auto", new[name])]
+    changed = [f"{name} was {before[name]}, now {new[name]}" for name in shared]
+    if changed := config.differences(before) + changed:
+        raise UserError(
+            f"{top} holds another sweep, `{old['command']}`: {'; '.join(changed)}; choose "
+            "another --out_dir"
+        )
+    runs = {os.path.basename(trial.folder): trial.settings for trial in trials}
+    steps = {os.path.basename(trial.folder): trial.steps for trial in trials}
+    runs, steps = runs_of(old, vary) | runs, old.get("steps", {}) | steps
+    sweep = dict(command=this_command, vary=vary, runs=runs, steps=steps, config=new)
+    write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
+    invite(top)
+    return lock
 
 
 def go(jobs, config, stop):
@@ -178,8 +176,8 @@ def main(argv=None):
     plan = f"sweep   {len(jobs)} runs of {steps:,} steps in all, in {top}; {config.jobs} at a time"
     if config.dry_run:
         return print(plan)
-    with stop_signals() as stop, Lock() as lock:
-        claim(top, config, [trial for trial, _ in jobs], this_command, lock)
+    stop = stop_signals()
+    with claim(top, config, [trial for trial, _ in jobs], this_command):
         if config.print:
             return print("\n".join(command("train.py", *words) for _, words in jobs))
         print(plan, flush=True)

@@ -40,7 +40,7 @@ def settle_dtype(config, machine, old_dtype=None, old_device=None):
     if config.dtype == "auto" and old_dtype and old_device in (None, kind):
         machine.dtype = getattr(torch, old_dtype)
     else:
-        machine.dtype, machine.why = machine.from_rank_0(lambda: choose_dtype(config, machine))
+        machine.dtype = machine.from_rank_0(lambda: choose_dtype(config, machine))
     name = str(machine.dtype).removeprefix("torch.")
     if old_dtype not in (None, name):
         machine.say(f"the compute dtype was {old_dtype} until here, and is {name} from here on")
