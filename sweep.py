@@ -7,6 +7,7 @@ interrupted. Each run lies in a folder of its own, out/NAME-sweep/..., with its 
 and `python report.py out/NAME-sweep` shows the table.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -51,7 +52,7 @@ def jobs_of(argv):
     fields = fields_of(Config).items()
     names = [name for name, f in fields if name not in OWN and tuple not in types_of(f)]
     configs = load_grid(argv, "sweep.py", Options, names)
-    first, ((path, *_), given, _) = configs[0], split_words(Options, argv)
+    first, ((path, *_), given) = configs[0], split_words(Options, argv)
     varied = {name for name in names if len({getattr(config, name) for config in configs}) > 1}
     if not varied:
         raise UserError("no setting has several values; try --seed 0,1,2")
@@ -98,28 +99,31 @@ def runs_of(sweep, vary):
     return {folder: common | settings for folder, settings in sweep.get("runs", {}).items()}
 
 
-def claim(top, config, trials, this_command):
-    """Write sweep.json: the command, the settings of the first run, and for all runs what varies
-    and their steps. Returns the lock of the sweep's folder. Raises UserError, OSError."""
+def claim(top, config, trials, this_command, locks):
+    """Own the sweep's folder, and write sweep.json: the command, the settings of the first run, and
+    for all runs what varies and their steps. Raises UserError."""
     new, vary = config.plain(), list(trials[0].settings)
-    os.makedirs(top, exist_ok=True)
-    lock = take_lock(f"{top}/.lock", top, "wait for it, or choose another --out_dir")
-    old = read_json(f"{top}/sweep.json")
-    before = new | old.get("config", {}) | {name: new[name] for name in vary}
-    shared = [name for name in SHARED if before[name] not in ("auto", new[name])]
-    changed = [f"{name} was {before[name]}, now {new[name]}" for name in shared]
-    if changed := config.differences(before) + changed:
-        raise UserError(
-            f"{top} holds another sweep, `{old['command']}`: {'; '.join(changed)}; choose "
-            "another --out_dir"
-        )
-    runs = {os.path.basename(trial.folder): trial.settings for trial in trials}
-    steps = {os.path.basename(trial.folder): trial.steps for trial in trials}
-    runs, steps = runs_of(old, vary) | runs, old.get("steps", {}) | steps
-    sweep = dict(command=this_command, vary=vary, runs=runs, steps=steps, config=new)
-    write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
-    invite(top)
-    return lock
+    try:
+        os.makedirs(top, exist_ok=True)
+        fix = "wait for it, or choose another --out_dir"
+        locks.enter_context(take_lock(f"{top}/.lock", top, fix))
+        old = read_json(f"{top}/sweep.json")
+        before = new | old.get("config", {}) | {name: new[name] for name in vary}
+        shared = [name for name in SHARED if before[name] not in ("auto", new[name])]
+        changed = [f"{name} was {before[name]}, now {new[name]}" for name in shared]
+        if changed := config.differences(before) + changed:
+            raise UserError(
+                f"{top} holds another sweep, `{old['command']}`: {'; '.join(changed)}; choose "
+                "another --out_dir"
+            )
+        runs = {os.path.basename(trial.folder): trial.settings for trial in trials}
+        steps = {os.path.basename(trial.folder): trial.steps for trial in trials}
+        runs, steps = runs_of(old, vary) | runs, old.get("steps", {}) | steps
+        sweep = dict(command=this_command, vary=vary, runs=runs, steps=steps, config=new)
+        write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
+        invite(top)
+    except OSError as error:
+        raise UserError(f"cannot write into {top}: {error.strerror}; fix that") from None
 
 
 def go(jobs, config, stop):
@@ -177,7 +181,8 @@ def main(argv=None):
     if config.dry_run:
         return print(plan)
     stop = stop_signals()
-    with claim(top, config, [trial for trial, _ in jobs], this_command):
+    with contextlib.ExitStack() as locks:
+        claim(top, config, [trial for trial, _ in jobs], this_command, locks)
         if config.print:
             return print("\n".join(command("train.py", *words) for _, words in jobs))
         print(plan, flush=True)

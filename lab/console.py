@@ -31,23 +31,17 @@ def cpu_cores():
 # --- commands that a message names
 
 
-def nearby(path):
-    """A path as the user would type it: relative below the current folder, else absolute."""
-    relative = os.path.relpath(path)
-    return os.path.abspath(path) if relative.startswith("..") else relative
-
-
 def python():
     """The command that starts this Python."""
     known = shutil.which("python") == sys.executable
-    return "python" if known else shlex.quote(nearby(sys.executable))
+    return "python" if known else shlex.quote(os.path.relpath(sys.executable))
 
 
 def command(script, *words, processes=1):
     """The command that runs a script of this program, typed in the current folder. Words that are
     Paths are shown relative to that folder."""
-    shown = [nearby(word) if isinstance(word, Path) else str(word) for word in words]
-    line = " ".join(map(shlex.quote, [nearby(ROOT / script), *shown]))
+    words = [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in words]
+    line = " ".join(map(shlex.quote, [os.path.relpath(ROOT / script), *words]))
     if processes > 1:
         line = f"-m torch.distributed.run --nproc_per_node={processes} {line}"
     return f"{python()} {line}"
@@ -115,26 +109,22 @@ def stop_signals(quiet=False):
 
 def run(main, strict=False):
     """Call main() and end the process. Exit codes: 0 done, 2 the user's mistake or a file that is
-    not to be had, 1 anything else.
-
-    strict: standard output is what the command is for; a write there that fails ends the process.
-    """
+    not to be had, 1 anything else. strict: a write to standard output that fails ends it, too."""
     try:
         if not hasattr(os, "sysconf"):
             raise UserError("this program runs on Linux and macOS; on Windows, run it in WSL")
         open_streams(strict)
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # as `| head` closes it
+    except (KeyboardInterrupt, BrokenPipeError):  # as `| head` closes it
         code = 1
     except (UserError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has printed the error
+            # torchrun ends this rank meanwhile, if rank 0 has printed the error
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2)
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 1
     except Exception:
         if "LOCAL_RANK" not in os.environ:
             raise
@@ -143,6 +133,7 @@ def run(main, strict=False):
         print("error:", why, file=sys.stderr)
         code = 1
     # after a failure streams may fail again, and other ranks or their threads would be waited for
+    sys.stderr.flush()
     if code or "LOCAL_RANK" in os.environ:
         os._exit(code)
     sys.exit(0)

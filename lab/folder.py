@@ -1,15 +1,12 @@
 """A run's folder: what the run writes there, by rank 0, and what it goes on from.
 
-out/NAME/last.pt is all that a restart needs, prev.pt the checkpoint before (of a run that has
-not finished), best.pt the weights that evaluated best. Checkpoints hold tensors, dicts, lists,
-strings and numbers only, and reading one executes nothing. torch is imported where one is read or
-written: report.py needs none.
+out/NAME/last.pt is all that a restart needs, prev.pt the checkpoint before, best.pt the weights
+that evaluated best. Reading one executes nothing. torch is imported only there: report.py has none.
 """
 
 import contextlib
 import glob
 import json
-import math
 import os
 import platform
 import shlex
@@ -18,7 +15,7 @@ import time
 import zipfile
 from importlib.metadata import version
 
-from lab.console import ROOT, UserError, warn
+from lab.console import ROOT, UserError, first_line, warn
 
 # --- files that are whole at every moment
 
@@ -106,23 +103,16 @@ def take_lock(path, folder, fix):
 
 
 def save_checkpoint(checkpoint, path, kept=None):
-    """Write a checkpoint, a dict, as write_whole() does. Between its two renames the new one has a
-    name that newest_checkpoint() knows. Raises OSError."""
+    """Write a checkpoint, a dict, as write_whole() does; but torch makes a RuntimeError of a write
+    that fails. Between its two renames the new one has a name that newest_checkpoint() knows."""
     import torch
 
-    def write(file):
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # what torch makes of a write that fails
-            raise error.__context__ or error from None
-
-    write_whole(path, write, kept)
+    write_whole(path, lambda file: torch.save(checkpoint, file), kept)
 
 
 def load_checkpoint(path):
-    """A checkpoint's dict, its tensors on the CPU. Raises NotValid if its checksums or its format
-    are wrong, OSError if it cannot be read. Too little memory passes through as torch's own
-    error."""
+    """A checkpoint's dict, its tensors on the CPU. Raises UserError if its checksums or its
+    format are wrong; OSError; where memory is too small, as torch does."""
     import torch
 
     checkpoint = None
@@ -135,15 +125,11 @@ def load_checkpoint(path):
         if isinstance(error, OSError) or is_out_of_memory(error):
             raise
     if not isinstance(checkpoint, dict) or "model_args" not in checkpoint:
-        raise NotValid(
+        raise UserError(
             f"{path} is not a valid checkpoint of this program; bring it back from a copy, or use "
             "another"
         )
     return checkpoint
-
-
-class NotValid(UserError):
-    """A checkpoint is damaged, or another program's."""
 
 
 def is_out_of_memory(error):
@@ -173,7 +159,7 @@ def newest_checkpoint(folder):
     for path in filter(os.path.exists, (last, prev)):
         try:
             return load_checkpoint(path), path
-        except NotValid:
+        except UserError:
             if path == prev or not os.path.exists(prev):
                 raise
             os.replace(last, f"{last}.damaged")  # or the next save would make it prev.pt
@@ -263,8 +249,8 @@ class Folder:
             return True
         try:
             function(*args)
-        except OSError as error:
-            why = error.strerror or error
+        except (OSError, RuntimeError) as error:  # see save_checkpoint()
+            why = first_line(error.__context__ or error)
             warn(f"cannot write {what} ({why}); the run goes on, {self.last_is()}")
             return False
         return True
@@ -278,9 +264,7 @@ class Folder:
         tokens = state.step * state.batches.step_tokens
         line = dict(step=state.step, epoch=state.epoch, tokens=tokens, **values)
         line |= dict(skipped=state.skipped, elapsed_s=state.clock())
-        for name, value in line.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                line[name] = None
+        line = json.loads(json.dumps(line), parse_constant=lambda nan: None)  # JSON has no nan
 
         def append():
             with open(self.metrics, "a") as file:

@@ -43,9 +43,7 @@ class Machine:
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = Path("/sys/fs/cgroup/memory.max")  # a container's
-        allowed = limit.read_text().strip() if limit.exists() else ""
-        return (min(total, int(allowed)) if allowed.isdigit() else total) / self.local_world
+        return total / self.local_world
 
     def autocast(self):
         """The context in which matmuls run in dtype."""
@@ -141,16 +139,14 @@ def choose_dtype(config, machine):
     # emulated it is slower, and a CPU that has the instruction may still be slower with it
     if kind != "cpu" or not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
-    full, low = (matmul_ms(dtype, config.d_model) for dtype in (torch.float32, torch.bfloat16))
+    # so time a part of the head's matmul, which is most of a small model's work
+    width, seconds = min(config.d_model, 1024), []  # wider ones give the same answer
+    for dtype in torch.float32, torch.bfloat16:
+        x, weight = torch.randn(256, width, dtype=dtype), torch.randn(8192, width, dtype=dtype)
+        times = timeit.repeat(lambda x=x, weight=weight: x @ weight.t(), number=1, repeat=8)
+        seconds.append(min(times))  # since other work may come between
+    full, low = seconds
     return torch.bfloat16 if low < 0.9 * full else torch.float32
-
-
-def matmul_ms(dtype, d_model):
-    """Milliseconds of a part of the head's matmul, which is most of a small model's work. The least
-    of eight, since other work may come between."""
-    width = min(d_model, 1024)  # wider ones give the same answer
-    x, weight = (torch.randn(n, width).to(dtype) for n in (256, 8192))
-    return 1000 * min(timeit.repeat(lambda: x @ weight.t(), number=1, repeat=8))
 
 
 def open_machine(config):

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,3 +65,15 @@ def tiny(in_tmp):
     make_dataset(in_tmp / "data")
     (in_tmp / "tiny.py").write_text(TINY)
     return "tiny.py"
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """After a test signals do what they did before it; a run takes them until its process ends."""
+    old = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
