@@ -1,8 +1,5 @@
-"""The settings of a run: one dataclass and its rules.
-
-A config file holds assignments only and runs in an empty namespace; `--name value` on the command
-line wins over it. Everything that is wrong with both is listed at once.
-"""
+"""The settings of a run: one dataclass and its rules. A config file holds assignments, over which
+`--name value` on the command line wins. All that is wrong with both is listed at once."""
 
 import copy
 import itertools
@@ -73,7 +70,7 @@ class Config:
     adam_eps: float = setting(1e-8, "AdamW's; 1e-5 keeps the embeddings of rare words still", low=0)
     grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
 
-    eval_interval: int = free(0, "steps between evaluations amid epochs", low=0, group="intervals")
+    eval_interval: int = free(0, "steps per evaluation (0: epochs only)", low=0, group="intervals")
     save_interval: int = free(500, "steps between checkpoints, beside evaluations (0: none)", low=0)
     save_minutes: float = free(10.0, "minutes between checkpoints (0: never by time)", low=0)
     log_interval: int = free(10, "steps between lines of metrics.jsonl", low=1)

@@ -74,14 +74,9 @@ class Machine:
         return values
 
     def agree(self, values):
-        """Raise UserError on every rank if a rank has other values, a dict."""
-        ranks = self.gather(values)
-        differ = [name for name in values if any(rank[name] != values[name] for rank in ranks)]
-        if differ:
-            raise UserError(
-                f"the ranks have different {', '.join(differ)}; start all with one command, on one "
-                "data set"
-            )
+        """Raise UserError on every rank if a rank has other values."""
+        if any(theirs != values for theirs in self.gather(values)):
+            raise UserError("the ranks differ in settings or data; start all with one command")
 
     def from_rank_0(self, function):
         """What function() returns on rank 0, on every rank; so too a UserError or OSError."""

@@ -91,8 +91,7 @@ class State:
         """Why the run is over, as a phrase; "" while it is not."""
         c = self.config
         if self.step >= self.total_steps:
-            longer = f"it has {self.step:,} steps, more than the {self.total_steps:,} asked for"
-            return longer if self.step > self.total_steps else f"all {self.step:,} steps are done"
+            return f"{self.step:,} of {self.total_steps:,} steps are done"
         if c.max_hours and self.elapsed_s >= 3600 * c.max_hours:
             return f"max_hours {c.max_hours} have passed"
         if c.patience and self.evaluations_since_best >= c.patience:

@@ -343,4 +343,4 @@ def test_a_folder_that_holds_a_run_offers_only_what_works(tiny, capsys):
     assert "--resume" not in str(another.value)
     # shortened, it is still what it is
     assert train.main([tiny, "--max_steps", "3", "--resume"]) == 0
-    assert "6 steps, more than the 3 asked for" in capsys.readouterr().out
+    assert "6 of 3 steps are done" in capsys.readouterr().out
