@@ -19,6 +19,8 @@ os.environ.setdefault(
 
 from helpers import ROOT, TINY, make_dataset
 
+import train
+
 
 @pytest.fixture(scope="session")
 def shared_data():
@@ -69,11 +71,16 @@ def tiny(in_tmp):
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """After a test signals do what they did before it; a run takes them until its process ends."""
-    old = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    """A run takes signals until its process ends; here, until the test does."""
+    old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in old.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def done(tiny):
+    """tiny, with a finished run of six steps in out/done."""
+    words = [tiny, *"--max_steps 6 --save_interval 3 --out_dir out/done".split()]
+    assert train.main(words) == 0
+    return tiny

@@ -7,7 +7,6 @@ from helpers import ROOT
 from config import Config, load_config
 from docs.settings import page
 from lab.console import UserError
-from lab.optimizer import warmup_of
 
 
 def loaded(tmp_path, text, *words):
@@ -76,12 +75,6 @@ def test_no_config_and_no_such_config(tmp_path):
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, names):
     assert names in problems(loaded, tmp_path, text)
-
-
-@pytest.mark.parametrize("asked, total, used", [(200, 7063, 200), (20, 60, 6), (20, 5, 1)])
-def test_the_warm_up_is_at_most_a_tenth_of_the_run(tmp_path, asked, total, used):
-    config = loaded(tmp_path, f"warmup_steps = {asked}\nmax_steps = {total}")
-    assert warmup_of(config, total) == used
 
 
 def test_help_shows_every_setting_with_its_reason_and_a_config_s_values(capsys):

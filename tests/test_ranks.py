@@ -92,22 +92,5 @@ def test_ranks_started_otherwise_are_refused_by_name(tiny):
     command = [sys.executable, *RANKS, "--no-python", "bash", "-c", words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.count("error: ") == 1 and "seed" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "ranks differ" in done.stderr
     assert not os.path.exists("out")
-
-
-def test_a_rank_s_own_error_ends_it_at_once(tiny):
-    """Leaving the group would wait for the other ranks, on a GPU for ever."""
-    words = (
-        "import sys, train; from lab.console import run; step = train.Trainer.step\n"
-        "def broken(trainer, i):\n"
-        "    if trainer.machine.rank: raise RuntimeError('CUDA out of memory')\n"
-        "    return step(trainer, i)\n"
-        "train.Trainer.step = broken; run(train.main)"
-    )
-    command = [sys.executable, *RANKS, "--no-python", sys.executable, "-c", words, tiny]
-    env = os.environ | {"PYTHONPATH": ROOT}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count("RuntimeError: CUDA out of memory") == 1, done.stderr
-    assert "error: a rank failed" in done.stderr, done.stderr
