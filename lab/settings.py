@@ -8,7 +8,7 @@ import sys
 
 from lab.console import UserError
 
-WORDS = {"true": True, "false": False, "none": None, "auto": None}
+WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": None, "auto": None}
 
 
 def setting(default, help, low=None, below=None, choices=None, path=False, free=False, group=""):

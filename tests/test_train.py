@@ -212,7 +212,7 @@ def test_any_name_is_a_run_s_and_a_data_set_s(tiny, capsys):
     text = Path(f"out/{name}/notebook.md").read_text(encoding="utf-8")
     assert "6 of 6 steps" in text and Path(f"out/{name}/curve.png").exists()
     capsys.readouterr()
-    report.main(["--recorded", "false"])
+    report.main(["--recorded", "no"])
     assert "a\\|b" in capsys.readouterr().out  # in a table
 
 
