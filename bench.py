@@ -36,32 +36,32 @@ class Options(Config):
 
 def main(argv=None):
     config = load_config(argv, "bench.py", Options)
-    with open_machine(config) as machine:
-        config, _ = settle(config, machine)
-        trainer = new_trainer(config, machine)
-        first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
-        steps = range(WARM_UP, WARM_UP + config.steps)
-        times = [seconds(machine, trainer.step, i) for i in steps]
-        memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
-        peak = matmul_peak(machine)
+    machine = open_machine(config)
+    config, _ = settle(config, machine)
+    trainer = new_trainer(config, machine)
+    first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
+    steps = range(WARM_UP, WARM_UP + config.steps)
+    times = [seconds(machine, trainer.step, i) for i in steps]
+    memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
+    peak = matmul_peak(machine)
 
-        # what came of it
-        speeds = [trainer.batches.step_tokens / t for t in times]
-        median, model = statistics.median(speeds), trainer.model
-        flops, parameters = model.flops_per_token(), model.count()["total"]
-        how = "compiled" if trainer.compiled else "not compiled"
-        how += ", one CUDA graph per step" if trainer.graphed else ""
-        machine.say(
-            f"config       {config.name} on {machine}, {how}, {parameters:,} parameters\n"
-            f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "
-            f"{max(speeds):,.0f} over {config.steps} steps of {config.batch_size} x "
-            f"{config.max_seq_len}, in forward passes of {trainer.micro}\n"
-            f"first step   {first:.1f} s\n"
-            f"peak memory  {', '.join(f'{value / 1e9:.2f}' for value in memory)} GB per process\n"
-            f"matmul peak  {peak / 1e9:,.0f} GFLOP/s in the compute dtype\n"
-            f"MFU          {flops * median / peak:.3f} = {flops:,} FLOPs per token x tokens/s / "
-            "matmul peak"
-        )
+    # what came of it
+    speeds = [trainer.batches.step_tokens / t for t in times]
+    median, model = statistics.median(speeds), trainer.model
+    flops, parameters = model.flops_per_token(), model.count()["total"]
+    how = "compiled" if trainer.compiled else "not compiled"
+    how += ", one CUDA graph per step" if trainer.graphed else ""
+    machine.say(
+        f"config       {config.name} on {machine}, {how}, {parameters:,} parameters\n"
+        f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "
+        f"{max(speeds):,.0f} over {config.steps} steps of {config.batch_size} x "
+        f"{config.max_seq_len}, in forward passes of {trainer.micro}\n"
+        f"first step   {first:.1f} s\n"
+        f"peak memory  {', '.join(f'{value / 1e9:.2f}' for value in memory)} GB per process\n"
+        f"matmul peak  {peak / 1e9:,.0f} GFLOP/s in the compute dtype\n"
+        f"MFU          {flops * median / peak:.3f} = {flops:,} FLOPs per token x tokens/s / "
+        "matmul peak"
+    )
 
 
 def new_trainer(config, machine):
@@ -79,7 +79,7 @@ def seconds(machine, function, *args):
     """How long function(*args) takes, waited for."""
     began = time.perf_counter()
     function(*args)
-    machine.wait()
+    getattr(torch, machine.device.type).synchronize()
     return time.perf_counter() - began
 
 

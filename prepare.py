@@ -30,7 +30,7 @@ from lab.data import (
     vocabulary_of,
 )
 from lab.encode import encode_rows, learn, texts_of
-from lab.folder import Lock
+from lab.folder import take_lock
 from lab.settings import command_line, setting
 from lab.text import SPLITS, demo_rows, hub_rows, path_source
 
@@ -176,8 +176,7 @@ def write_data_set(name, options):
     folder = Path(options.data_dir, name)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / ".partial"
-    with Lock() as lock:
-        lock.take(Path(options.data_dir, f".{name}.lock"), folder, "wait for it")
+    with take_lock(Path(options.data_dir, f".{name}.lock"), folder, "wait for it"):
         shutil.rmtree(part, ignore_errors=True)  # a killed process's
         part.mkdir()
         try:

@@ -48,7 +48,7 @@ def jobs_of(argv):
     fields = fields_of(Config).items()
     names = [name for name, f in fields if name not in OWN and tuple not in types_of(f)]
     configs = load_grid(argv, "sweep.py", Options, names)
-    first, ((path, *_), given, _) = configs[0], split_words(Options, argv)
+    first, ((path, *_), given) = configs[0], split_words(Options, argv)
     if len(configs) == 1:
         raise UserError("no setting has several values; try --seed 0,1,2")
     top = first.out_dir if "out_dir" in given else os.path.join("out", f"{first.name}-sweep")
@@ -168,12 +168,12 @@ def main(argv=None):
     plan = f"sweep   {len(jobs)} runs of {steps:,} steps in all, in {top}; {config.jobs} at a time"
     if config.dry_run:
         return print(plan)
-    with stop_signals() as stop:
-        claim(top, sweep)
-        if config.print:
-            return print("\n".join(command("train.py", *words) for words in jobs.values()))
-        print(plan, flush=True)
-        go(jobs, config, stop)
+    stop = stop_signals()
+    claim(top, sweep)
+    if config.print:
+        return print("\n".join(command("train.py", *words) for words in jobs.values()))
+    print(plan, flush=True)
+    go(jobs, config, stop)
     done = sum(saved.counts for saved in map(SavedRun, jobs))
     if stop and done < len(jobs):
         print(f"stopped: {done} of {len(jobs)} runs are finished; resume: {sweep['command']}")

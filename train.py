@@ -8,6 +8,7 @@ step, dropout from (seed, step, rank). Ranks and micro-batches only slice a batc
 processes changes the speed and nothing else, and a resumed run equals an uninterrupted one.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -19,7 +20,7 @@ from config import load_config
 from lab.console import UserError, command, progress, run, stop_signals
 from lab.data import Dataset, batches_of
 from lab.evaluate import evaluate, figures_text
-from lab.folder import Folder, Lock, load_checkpoint
+from lab.folder import Folder, load_checkpoint
 from lab.generate import continue_texts
 from lab.gpt2 import open_weights
 from lab.machine import open_machine
@@ -37,12 +38,13 @@ NOT_FINITE = "the loss or its gradient is not finite"
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = load_config(argv)
-    with open_machine(config) as machine:
-        if config.eval_only:
-            return eval_only(config, machine)
-        with stop_signals(quiet=machine.rank > 0) as stop, Lock() as lock:
-            folder = Folder(config.out_dir, machine, lock)
-            return train(config, machine, folder, stop, command_of(argv, machine))
+    machine = open_machine(config)
+    if config.eval_only:
+        return eval_only(config, machine)
+    stop = stop_signals(quiet=machine.rank > 0)
+    with contextlib.ExitStack() as locks:
+        folder = Folder(config.out_dir, machine, locks)
+        return train(config, machine, folder, stop, command_of(argv, machine))
 
 
 def command_of(argv, machine):
@@ -233,7 +235,8 @@ class Run:
 
         # the best is what best.pt holds
         checkpoint = self.contents() | {"metrics": figures}
-        best = state.is_best(whole["loss"]) and folder.save_best(checkpoint)
+        lowest = state.best.get("val_loss", math.inf)
+        best = whole["loss"] < lowest and folder.save_best(checkpoint)
         train_loss = state.evaluated(figures, best)
         samples = self.samples() if best else {}
         folder.log(state, train_loss=train_loss, **figures, best=best, **samples)

@@ -1,14 +1,10 @@
-"""The settings of a run: one dataclass and its rules.
-
-A config file holds assignments only and runs in an empty namespace; `--name value` on the command
-line wins over it. Everything that is wrong with both is listed at once.
-"""
+"""The settings of a run: one dataclass and its rules. A config file holds assignments, over which
+`--name value` on the command line wins. All that is wrong with both is listed at once."""
 
 import copy
 import itertools
 import os
-import re
-import sys
+import runpy
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import ModuleType
@@ -18,6 +14,10 @@ from lab.console import ROOT, UserError, command, first_line
 from lab.settings import check, fields_of, setting, show_help, split_words
 
 free = partial(setting, free=True)  # a resumed run may have another value
+
+DEVICES = "auto", "cpu", "cuda", "mps"
+DTYPES = "auto", "float32", "bfloat16", "float16"
+SCHEDULES = "cosine", "trapezoid", "constant"
 
 # What a config's docstring speaks of. A run with others of these is not the experiment it names.
 SPOKEN_OF = (
@@ -61,12 +61,8 @@ class Config:
     learning_rate: float = setting(4e-4, "AdamW's, after the warm-up", low=0)
     min_learning_rate: float = setting(0.0, "AdamW's, at the end of the schedule", low=0)
     warmup_steps: int = free(200, "linear warm-up, at most a tenth of the run's steps", low=0)
-    lr_schedule: str = setting(
-        "cosine", "trapezoid: falls over the last 40 %", choices=("cosine", "trapezoid", "constant")
-    )
-    optimizer: str = setting(
-        "adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon")
-    )
+    lr_schedule: str = setting("cosine", "trapezoid: falls over the last 40 %", choices=SCHEDULES)
+    optimizer: str = setting("adamw", "muon: for the blocks' matrices", choices=("adamw", "muon"))
     muon_learning_rate: float = setting(0.02, "Muon's; it follows the same schedule", low=0)
     weight_decay: float = setting(0.1, "of matrices; of embeddings, too, without Muon", low=0)
     beta1: float = setting(0.9, "AdamW's", low=0, below=1)
@@ -74,19 +70,13 @@ class Config:
     adam_eps: float = setting(1e-8, "AdamW's; 1e-5 keeps the embeddings of rare words still", low=0)
     grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
 
-    eval_interval: int = free(
-        0, "steps between evaluations, beside each epoch's end (0: none)", low=0, group="intervals"
-    )
+    eval_interval: int = free(0, "steps per evaluation (0: epochs only)", low=0, group="intervals")
     save_interval: int = free(500, "steps between checkpoints, beside evaluations (0: none)", low=0)
     save_minutes: float = free(10.0, "minutes between checkpoints (0: never by time)", low=0)
     log_interval: int = free(10, "steps between lines of metrics.jsonl", low=1)
 
-    device: str = free("auto", "auto, cpu, cuda, cuda:N or mps; auto: CUDA if any", group="system")
-    dtype: str = free(
-        "auto",
-        "of the matmuls; auto: bfloat16 where that is fast, float16 on an older GPU",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    device: str = free("auto", "auto: CUDA if any", choices=DEVICES, group="system")
+    dtype: str = free("auto", "of the matmuls; auto: the fastest here", choices=DTYPES)
     compile: bool | None = free(None, "torch.compile the blocks (None: on CUDA only)")
     cuda_graph: bool | None = free(None, "step as a CUDA graph (None: on one GPU; True: on all)")
     rank_timeout: float = free(10.0, "minutes that ranks wait for one another", low=0.01)
@@ -136,40 +126,18 @@ class Config:
 
     def problems(self):
         """What settings say against each other, as phrases."""
-        c, width, heads, lr = self, self.d_model, self.num_heads, self.learning_rate
-        shaped = not c.init_from  # or else other weights give the shape
+        c = self
+        parts = c.num_heads * (2 if c.block == "modern" else 1)  # modern turns pairs of a head
+        evaluates = c.eval_stride or c.split != "val"
         rules = [
-            (shaped and width % heads, f"num_heads {heads} does not divide d_model {width}"),
             (
-                shaped and c.block == "modern" and width % (2 * heads),
-                f"block modern needs heads of an even size, not {width} / {heads}",
+                c.d_model % parts and not c.init_from,  # or else other weights give the shape
+                f"d_model {c.d_model} is no multiple of num_heads ({parts} for block {c.block})",
             ),
-            (
-                c.unigram_bias and (c.init_from or not c.head_bias),
-                "init_from and head_bias False need --unigram_bias False",
-            ),
-            (lr == 0, "learning_rate must be above 0"),
-            (c.min_learning_rate > lr, f"min_learning_rate is above learning_rate {lr}"),
-            (
-                [isinstance(x, (int, float)) for x in c.expected_ppl] not in ([], [True, True]),
-                f"expected_ppl is (low, high), not {c.expected_ppl}",
-            ),
-            (
-                not all(isinstance(prompt, str) for prompt in c.sample_prompts or ()),
-                f"sample_prompts is a tuple of texts, not {c.sample_prompts}",
-            ),
-            (
-                not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device),
-                f"device is auto, cpu, cuda, cuda:N or mps, not {c.device!r}",
-            ),
-            (
-                c.cuda_graph and c.dtype == "float16",
-                "cuda_graph cannot be combined with float16, which needs a scaler; use bfloat16",
-            ),
-            (
-                not c.eval_only and (c.eval_stride or c.split != "val"),
-                "eval_stride and split need --eval_only",
-            ),
+            (c.unigram_bias and not c.head_bias, "unigram_bias needs head_bias True"),
+            (c.min_learning_rate > c.learning_rate, "min_learning_rate is above learning_rate"),
+            (len(c.expected_ppl) not in (0, 2), f"expected_ppl {c.expected_ppl} is not low, high"),
+            (evaluates and not c.eval_only, "eval_stride and split need --eval_only"),
         ]
         return [phrase for wrong, phrase in rules if wrong]
 
@@ -178,68 +146,54 @@ def read_config(path):
     """(a config file's assignments as a dict, its docstring). Names that begin with _ are the
     file's own, and so are modules, functions and classes. Raises UserError."""
     try:
-        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
-            source = file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        namespace = runpy.run_path(path)
+    except Exception as error:
         known = ", ".join(sorted(file.name for file in (ROOT / "config").glob("[!_]*.py")))
         why = first_line(error)
-        raise UserError(f"cannot read config {path} ({why}); config/ has {known}") from None
-    namespace = {}
-    try:
-        exec(compile(source, path, "exec"), namespace)
-    except Exception as error:
-        raise UserError(f"config {path} does not run: {first_line(error)}; fix that line") from None
-    doc = namespace.pop("__doc__", None) or ""
+        raise UserError(f"config {path} does not run ({why}); config/ has {known}") from None
     shown = {k: v for k, v in namespace.items() if not k.startswith("_")}
-    return {k: v for k, v in shown.items() if not (callable(v) or isinstance(v, ModuleType))}, doc
+    values = {k: v for k, v in shown.items() if not (callable(v) or isinstance(v, ModuleType))}
+    return values, namespace["__doc__"] or ""
 
 
 def load_config(argv=None, script="train.py", cls=Config):
-    """The Config that a command line asks for: a config file, then the command line's values.
-
-    argv: without the script's name; None for the process's own. cls: Config, or a class with more
-    settings. Raises UserError with all problems in one line; --help prints and exits 0.
-    """
-    return load_grid(argv, script, cls)[0]
-
-
-def load_grid(argv, script, cls, lists=()):
-    """The Configs of a command line as load_config() takes it, where each setting of `lists` may
-    have several values with commas between them: one for each combination, the last varied first.
-    Raises UserError with the problems of all in one line."""
-    argv = sys.argv[1:] if argv is None else argv
-    more = ",value" if lists else ""
-    asked = [word for word in argv if word not in ("--help", "-h")]
-    alone, over, problems = split_words(cls, asked, lists)
-    if asked != list(argv):
-        file = check(cls, read_config(alone[0])[0])[0] if alone else cls()
-        show_help(file, f"python {script} config/NAME.py [--setting value{more} ...]")
-    if not alone and "eval_only" in over:
-        alone = [str(ROOT / "config/own.py")]  # any: what counts is the checkpoint's
-    if not alone:
-        small = command(script, ROOT / "config/demo.py")
-        problems = problems or [f"no config given; `{small}` runs the small one"]
-        raise UserError("; ".join(problems))
-    path, *extra = alone
-    problems += [f"{word} is neither a setting nor its value" for word in extra]
+    """The Config, or cls, that a command line asks for: a config file, then the command line's own
+    values. argv: as split_words() takes it. Raises UserError with all problems in one line; --help
+    prints and exits 0."""
+    alone, texts = split_words(cls, argv)
+    # --eval_only needs none, since what counts is the checkpoint's
+    path, *extra = alone or [str(ROOT / "config/own.py")]
+    if "help" in texts:
+        file = check(cls, read_config(path)[0])[0] if alone else cls()
+        show_help(file, f"python {script} config/NAME.py [--setting value ...]")
     values, doc = read_config(path)
-    choices = [value if name in lists else [value] for name, value in over.items()]
-    of_file, configs = check(cls, values)[0], []
-    for chosen in itertools.product(*choices):
-        values |= dict(zip(over, chosen, strict=True))
-        config, wrong = check(cls, values)
-        problems += wrong
-        if config.eval_only and script != "train.py":
-            problems.append("eval_only belongs to train.py")
-        config.named = frozenset(values)
-        config.name, config.doc = os.path.splitext(os.path.basename(path))[0], doc
-        config.file = path
-        config.given = {name: getattr(of_file, name) for name in over}
-        for name in ("expected_ppl", "recorded_ppl"):
-            if config.departs and name not in over:  # it was said of the experiment of the file
-                setattr(config, name, getattr(cls, name))
-        config.out_dir = config.out_dir or os.path.join("out", config.name)
-        configs.append(config)
+    config, problems = check(cls, values | texts)
+    if not alone and not config.eval_only:
+        small = command(script, ROOT / "config/demo.py")
+        problems.append(f"no config given; `{small}` runs the small one")
+    if config.eval_only and script != "train.py":
+        problems.append("eval_only belongs to train.py")
+    problems += [f"{word} is neither a setting nor its value" for word in extra]
     if problems:
-        raise UserError(f"{path} and the command line: {'; '.join(dict.fromkeys(problems))}")
-    return configs
+        raise UserError("; ".join(problems))
+
+    config.name, config.doc = os.path.splitext(os.path.basename(path))[0], doc
+    config.file, config.named = path, frozenset(values | texts)
+    of_file, _ = check(cls, values)
+    config.given = {name: getattr(of_file, name) for name in texts}
+    for name in ("expected_ppl", "recorded_ppl"):
+        if config.departs and name not in texts:  # it was said of the experiment of the file
+            setattr(config, name, getattr(cls, name))
+    config.out_dir = config.out_dir or os.path.join("out", config.name)
+    return config
+
+
+def load_grid(argv, script, cls, names):
+    """The Configs of a command line where each setting of `names` may have several values with
+    commas between them: one for each combination, the last varied first. See load_config()."""
+    alone, texts = split_words(cls, argv)
+    words = []
+    for name, text in texts.items():
+        parts = text.split(",") if name in names else [text]
+        words.append([f"--{name}={part}" for part in parts])
+    return [load_config([*alone, *chosen], script, cls) for chosen in itertools.product(*words)]

@@ -13,9 +13,9 @@ over it:
 
     python train.py config/demo.py --dropout 0.2 --max_steps=100 --expected_ppl 35,42 --dry_run
 
-A setting of type bool may stand bare; it also takes yes, no, on, off, 1 and 0. The column "resumed"
-says whether a run that goes on with `--resume` may have another value. Where it says no, another
-value makes another experiment, and the program refuses it.
+A setting of type bool may stand bare; it also takes yes and no. The column "resumed" says whether a
+run that goes on with `--resume` may have another value. Where it says no, another value makes
+another experiment, and the program refuses it.
 
 | setting | default | values | resumed | meaning |
 | --- | --- | --- | --- | --- |

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,23 +31,17 @@ def cpu_cores():
 # --- commands that a message names
 
 
-def nearby(path):
-    """A path as the user would type it: relative below the current folder, else absolute."""
-    relative = os.path.relpath(path)
-    return os.path.abspath(path) if relative.startswith("..") else relative
-
-
 def python():
     """The command that starts this Python."""
     known = shutil.which("python") == sys.executable
-    return "python" if known else shlex.quote(nearby(sys.executable))
+    return "python" if known else shlex.quote(os.path.relpath(sys.executable))
 
 
 def command(script, *words, processes=1):
     """The command that runs a script of this program, typed in the current folder. Words that are
     Paths are shown relative to that folder."""
-    shown = [nearby(word) if isinstance(word, Path) else str(word) for word in words]
-    line = " ".join(map(shlex.quote, [nearby(ROOT / script), *shown]))
+    words = [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in words]
+    line = " ".join(map(shlex.quote, [os.path.relpath(ROOT / script), *words]))
     if processes > 1:
         line = f"-m torch.distributed.run --nproc_per_node={processes} {line}"
     return f"{python()} {line}"
@@ -59,32 +54,20 @@ class Output(io.FileIO):
     """Standard output or error. What a full disk or a closed terminal refuses is dropped, so that
     no run is lost because its log cannot be written."""
 
-    strict = False  # whether a write that fails ends the process instead
-
     def write(self, data):
         try:
             return super().write(data) or len(data)  # None: a pipe that does not block is full
-        except OSError as error:
-            if self.strict:
-                if not isinstance(error, BrokenPipeError):  # as `| head` closes it
-                    text = f"error: cannot write to standard output: {error.strerror}"
-                    print(text, file=sys.stderr, flush=True)
-                os._exit(1)
+        except OSError:
             return len(data)
 
 
 def open_streams(strict):
-    """Make standard output and error survive what they cannot write. strict: see run()."""
-    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
-        if getattr(sys, name) is None:  # closed; the next file to be opened would get its number
-            null = os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(null, mode, closefd=False))
+    """Make standard error, and unless strict standard output, survive what they cannot write."""
     sys.stdin.reconfigure(errors="replace", newline="\n")
-    for name in ("stdout", "stderr"):
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    for name in ("stderr",) if strict else ("stdout", "stderr"):
         old = getattr(sys, name)
-        output = Output(old.fileno(), "wb", closefd=False)
-        output.strict = strict and name == "stdout"
-        buffer = io.BufferedWriter(output)
+        buffer = io.BufferedWriter(Output(old.fileno(), "wb", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, old.encoding, "replace", line_buffering=True))
 
 
@@ -93,28 +76,17 @@ def warn(text):
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-class Log(io.TextIOBase):
-    """Standard error for tqdm in a log file: lines, where a terminal gets carriage returns."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-
 def progress(total, description, **kwargs):
-    """A tqdm bar on a terminal; in a log file, a line every 30 seconds."""
+    """A tqdm bar, every 30 seconds where standard error is a log file."""
     from tqdm import tqdm
 
-    if sys.stderr.isatty():
-        return tqdm(total=total, desc=description, dynamic_ncols=True, **kwargs)
-    lines = dict(file=Log(), mininterval=30, miniters=1, delay=30, position=0, ncols=100)
-    return tqdm(total=total, desc=description, **lines, **kwargs)
+    slow = {} if sys.stderr.isatty() else dict(mininterval=30, delay=30, miniters=1)
+    return tqdm(total=total, desc=description, dynamic_ncols=True, **slow, **kwargs)
 
 
 # --- the end of a program
 
 
-@contextlib.contextmanager
 def stop_signals(quiet=False):
     """A list that is empty until SIGINT, SIGTERM or SIGHUP comes. The loop looks at it between two
     steps. A second Ctrl-C ends the process at once. quiet: print nothing."""
@@ -125,43 +97,43 @@ def stop_signals(quiet=False):
         if number == signal.SIGINT and seen[-1] - seen[0] > 1:  # torchrun sends the first twice
             os._exit(1)
         if not quiet and len(seen) == 1:
+            text = b"\nstopping after this step or evaluation; Ctrl-C again ends at once\n"
             with contextlib.suppress(OSError):  # not print(), amid which the signal may have come
-                os.write(
-                    2, b"\nstopping after this step or evaluation; Ctrl-C again ends at once\n"
-                )
+                os.write(2, text)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        numbers.append(signal.SIGHUP)
-    old = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield seen
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, handle)
+    return seen
 
 
 def run(main, strict=False):
-    """Call main() and end the process. Exit codes: 0 done, 2 the user's mistake, 1 anything else.
-
-    strict: standard output is what the command is for; a write there that fails ends the process.
-    """
-    open_streams(strict)
+    """Call main() and end the process. Exit codes: 0 done, 2 the user's mistake or a file that is
+    not to be had, 1 anything else. strict: a write to standard output that fails ends it, too."""
     try:
         if not hasattr(os, "sysconf"):
             raise UserError("this program runs on Linux and macOS; on Windows, run it in WSL")
+        open_streams(strict)
         code = main() or 0
-    except UserError as error:
+        sys.stdout.flush()
+    except (KeyboardInterrupt, BrokenPipeError):  # as `| head` closes it
+        code = 1
+    except (UserError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(2)  # torchrun ends this rank meanwhile, if rank 0 has printed the error
+            # torchrun ends this rank meanwhile, if rank 0 has printed the error
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2)
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except Exception:
+        if "LOCAL_RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        why = "a rank failed as shown above, or lost another; go on from its checkpoint by --resume"
+        print("error:", why, file=sys.stderr)
         code = 1
-    sys.stdout.flush()
+    # after a failure streams may fail again, and other ranks or their threads would be waited for
     sys.stderr.flush()
-    if "LOCAL_RANK" in os.environ:
-        # gloo's threads may still hold tensors, which would abort the process as Python ends
+    if code or "LOCAL_RANK" in os.environ:
         os._exit(code)
-    sys.exit(code)
+    sys.exit(0)

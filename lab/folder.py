@@ -1,24 +1,21 @@
 """A run's folder: what the run writes there, by rank 0, and what it goes on from.
 
-out/NAME/last.pt is all that a restart needs, prev.pt the checkpoint before (of a run that has
-not finished), best.pt the weights that evaluated best. Checkpoints hold tensors, dicts, lists,
-strings and numbers only, and reading one executes nothing. torch is imported where one is read or
-written: report.py needs none.
+out/NAME/last.pt is all that a restart needs, prev.pt the checkpoint before, best.pt the weights
+that evaluated best. Reading one executes nothing. torch is imported only there: report.py has none.
 """
 
 import contextlib
 import glob
 import json
-import math
 import os
 import platform
+import shlex
 import socket
-import subprocess
 import time
 import zipfile
 from importlib.metadata import version
 
-from lab.console import ROOT, UserError, warn
+from lab.console import ROOT, UserError, first_line, warn
 
 # --- files that are whole at every moment
 
@@ -84,63 +81,38 @@ def folders_with(file, tops):
     return sorted(found.values())
 
 
-class Lock:
-    """One process's hold on a folder, by flock on a file that stays there: the kernel frees it when
-    the process ends, however it ends. Leaving a `with` frees it too."""
+def take_lock(path, folder, fix):
+    """An open file that holds the lock at `path`: by flock, which ends as the file is closed or the
+    process ends, however it ends. Raises UserError, which names `folder`, its owner and `fix`, if
+    another process has it; OSError if path is not to be had or its file system has no locks."""
+    import fcntl  # not at the top: Windows has none, and console.run() says so
 
-    def __init__(self):
-        self.file = None
-        self.owned = False
-
-    def take(self, path, folder, fix):
-        """Take the lock at `path`. Raises UserError, which names `folder`, its owner and `fix`, if
-        another process has it; OSError if path is not to be had or its file system has no locks."""
-        import fcntl  # not at the top: Windows has none, and console.run() says so
-
-        self.file = open(path, "a+b", buffering=0)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            owner = self.file.read().decode().strip() or "another process"
-            raise UserError(f"{folder} is in use by {owner}; {fix}") from None
-        self.owned = True
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.file:
-            self.file.close()
-        self.file, self.owned = None, False
+    file = open(path, "a+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().decode().strip() or "another process"
+        raise UserError(f"{folder} is in use by {owner}; {fix}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
 
 
 # --- checkpoints
 
-TO_SAMPLE = {"model", "model_args", "step"}
-TO_RESUME = TO_SAMPLE | {"optimizers", "scaler", "state", "config", "data"}
-
 
 def save_checkpoint(checkpoint, path, kept=None):
-    """Write a checkpoint, a dict, as write_whole() does. Between its two renames the new one has a
-    name that newest_checkpoint() knows. Raises OSError."""
+    """Write a checkpoint, a dict, as write_whole() does; but torch makes a RuntimeError of a write
+    that fails. Between its two renames the new one has a name that newest_checkpoint() knows."""
     import torch
 
-    def write(file):
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # what torch makes of a write that fails
-            raise error.__context__ or error from None
-
-    write_whole(path, write, kept)
+    write_whole(path, lambda file: torch.save(checkpoint, file), kept)
 
 
-def load_checkpoint(path, needed=TO_SAMPLE):
-    """A checkpoint's dict with the keys `needed`, its tensors on the CPU. Raises NotValid if its
-    checksums or its format are wrong, UserError if it cannot be read. Too little memory passes
-    through as torch's own error."""
+def load_checkpoint(path):
+    """A checkpoint's dict, its tensors on the CPU. Raises UserError if its checksums or its
+    format are wrong; OSError; where memory is too small, as torch does."""
     import torch
 
     checkpoint = None
@@ -149,21 +121,15 @@ def load_checkpoint(path, needed=TO_SAMPLE):
             is_whole = archive.testzip() is None  # torch checks no checksums
         if is_whole:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror}; name another") from None
     except Exception as error:  # torn or another program's: as many exceptions as ways to be so
-        if is_out_of_memory(error):
+        if isinstance(error, OSError) or is_out_of_memory(error):
             raise
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise NotValid(
+    if not isinstance(checkpoint, dict) or "model_args" not in checkpoint:
+        raise UserError(
             f"{path} is not a valid checkpoint of this program; bring it back from a copy, or use "
             "another"
         )
     return checkpoint
-
-
-class NotValid(UserError):
-    """A checkpoint is damaged, or another program's."""
 
 
 def is_out_of_memory(error):
@@ -181,8 +147,8 @@ def newest_checkpoint(folder):
         os.replace(part, last)  # a save was killed between its two renames
     for path in filter(os.path.exists, (last, prev)):
         try:
-            return load_checkpoint(path, TO_RESUME), path
-        except NotValid:
+            return load_checkpoint(path), path
+        except UserError:
             if path == prev or not os.path.exists(prev):
                 raise
             os.replace(last, f"{last}.damaged")  # or the next save would make it prev.pt
@@ -201,55 +167,44 @@ def metadata_of(folder):
 
 class Folder:
     """The folder of one run. Rank 0 writes; on the other ranks the same methods do nothing. What
-    cannot be written costs one warning and not the run. lock: a Lock, which its maker leaves."""
+    cannot be written costs one warning and not the run. locks: an ExitStack, which frees it."""
 
-    def __init__(self, path, machine, lock):
-        self.path, self.machine, self.lock = path, machine, lock
+    def __init__(self, path, machine, locks):
+        self.path, self.machine, self.locks = path, machine, locks
         self.last, self.prev, self.best = (f"{path}/{name}.pt" for name in ("last", "prev", "best"))
         self.final, self.metrics = f"{path}/final.json", f"{path}/metrics.jsonl"
         self.saved = 0, 0  # the step, and the last evaluation's step, that last.pt holds
 
     def open(self, config, hashes, resume_command):
         """Own the folder, on rank 0. Returns (the checkpoint to go on from or None, whether the
-        run's last figures are written). hashes: {split: SHA-256}. Raises UserError."""
-        try:
-            os.makedirs(self.path, exist_ok=True)
-            fix = "wait for it, or choose another --out_dir"
-            self.lock.take(f"{self.path}/.lock", self.path, fix)
-            taken = any(map(os.path.exists, (self.last, self.prev, self.best, self.metrics)))
-            if taken and not config.resume:
-                old = read_json(f"{self.path}/run.json").get("config", {})
-                same = f"resume with: {resume_command}, or " * (not config.differences(old))
-                raise UserError(
-                    f"{self.path} holds a run already; {same}begin another with --out_dir DIR"
-                )
-            checkpoint, path = newest_checkpoint(self.path)
-            if checkpoint:
-                changed = config.differences(checkpoint["config"])
-                for split in hashes:
-                    if hashes[split] != checkpoint["data"][split]:
-                        changed.append(f"its {split} split was another (SHA-256)")
-                if changed:
-                    raise UserError(
-                        f"{path} is of another experiment: {'; '.join(changed)}; bring that back, "
-                        "or choose another --out_dir"
-                    )
-            if taken:
-                self.keep_metrics(checkpoint["state"] if checkpoint else {})
-        except OSError as error:
-            raise self.unusable(error) from None
+        run's last figures are written). hashes: {split: SHA-256}. Raises UserError, OSError."""
+        os.makedirs(self.path, exist_ok=True)
+        fix = "wait for it, or choose another --out_dir"
+        self.locks.enter_context(take_lock(f"{self.path}/.lock", self.path, fix))
+        taken = any(map(os.path.exists, (self.last, self.prev, self.best, self.metrics)))
+        if taken and not config.resume:
+            old = read_json(f"{self.path}/run.json").get("config", {})
+            same = f"resume with: {resume_command}, or " * (not config.differences(old))
+            raise UserError(
+                f"{self.path} holds a run already; {same}begin another with --out_dir DIR"
+            )
+        checkpoint, path = newest_checkpoint(self.path)
         if checkpoint:
+            changed = config.differences(checkpoint["config"])
+            for split in hashes:
+                if hashes[split] != checkpoint["data"][split]:
+                    changed.append(f"its {split} split was another (SHA-256)")
+            if changed:
+                raise UserError(
+                    f"{path} is of another experiment: {'; '.join(changed)}; bring that back, or "
+                    "choose another --out_dir"
+                )
             self.machine.say(f"going on from {path}, step {checkpoint['step']:,}")
         elif config.resume:
             self.machine.say(f"no checkpoint in {self.path} yet; beginning at step 0")
+        if taken:
+            self.keep_metrics(checkpoint["state"] if checkpoint else {})
         return checkpoint, os.path.exists(self.final)
-
-    def unusable(self, error):
-        """The UserError for a folder in which something cannot be read or written."""
-        what = error.filename or self.path
-        return UserError(
-            f"cannot use {self.path} ({what}: {error.strerror}); fix that, or use another --out_dir"
-        )
 
     def keep_metrics(self, state):
         """Drop the lines of metrics.jsonl that a resumed run will write again, those past its
@@ -263,7 +218,7 @@ class Folder:
     # --- what the run writes
 
     def begin(self, state, metadata):
-        """Write run.json, on rank 0; from here on the run has not ended. Raises UserError."""
+        """Write run.json, on rank 0; from here on the run has not ended. Raises OSError."""
         self.saved = state.step, state.evaluated_step
         machine, path = self.machine, f"{self.path}/run.json"
         metadata |= dict(
@@ -272,12 +227,9 @@ class Folder:
             machine=f"{machine}, {machine.device_name()}",
             versions=f"Python {platform.python_version()}, torch {version('torch')}",
         )
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.final)
-            write_text(path, json.dumps(metadata, indent=2) + "\n")
-        except OSError as error:
-            raise self.unusable(error) from None
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.final)
+        write_text(path, json.dumps(metadata, indent=2) + "\n")
 
     def write(self, what, function, *args):
         """Call function(*args) on rank 0; whether it went through, on rank 0 alone (else True)."""
@@ -285,8 +237,8 @@ class Folder:
             return True
         try:
             function(*args)
-        except OSError as error:
-            why = error.strerror or error
+        except (OSError, RuntimeError) as error:  # see save_checkpoint()
+            why = first_line(error.__context__ or error)
             warn(f"cannot write {what} ({why}); the run goes on, {self.last_is()}")
             return False
         return True
@@ -297,11 +249,10 @@ class Folder:
 
     def log(self, state, **values):
         """Write a line of metrics.jsonl. What is not finite is null there."""
-        line = dict(step=state.step, epoch=state.epoch, tokens=state.tokens, **values)
+        tokens = state.step * state.batches.step_tokens
+        line = dict(step=state.step, epoch=state.epoch, tokens=tokens, **values)
         line |= dict(skipped=state.skipped, elapsed_s=state.clock())
-        for name, value in line.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                line[name] = None
+        line = json.loads(json.dumps(line), parse_constant=lambda nan: None)  # JSON has no nan
 
         def append():
             with open(self.metrics, "a") as file:
@@ -335,9 +286,5 @@ class Folder:
 
 def commit():
     """This program's commit, with a + where files differ from it; "unknown" outside a clone."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True)
-    except OSError:  # there is no git
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+    git = f"git -C {shlex.quote(str(ROOT))} describe --always --dirty=+ --exclude='*' 2> /dev/null"
+    return os.popen(git).read().strip() or "unknown"

@@ -8,11 +8,7 @@ import sys
 
 from lab.console import UserError
 
-WORDS = {
-    "true": True, "yes": True, "on": True, "1": True,
-    "false": False, "no": False, "off": False, "0": False,
-    "none": None, "auto": None,
-}  # fmt: skip
+WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": None, "auto": None}
 
 
 def setting(default, help, low=None, below=None, choices=None, path=False, free=False, group=""):
@@ -45,25 +41,22 @@ def values_of(field):
     return phrase + (f", below {rules['below']}" if rules["below"] is not None else "")
 
 
-def from_text(field, text):
-    """The value that a text on the command line means for a field. Text that fits none of its types
-    stays text, for check() to name."""
-    types = types_of(field)
-    if bool in types or (type(None) in types and text.lower() in ("none", "auto")):
-        return WORDS.get(text.lower(), text)
-    if str in types:
-        return text
+def from_text(text):
+    """The value that a text on the command line stands for; one that stands for none stays text."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
     try:
-        value = ast.literal_eval(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
         return text
-    return text if tuple in types and not isinstance(value, (tuple, list)) else value
 
 
 def as_held(field, value):
-    """A value as its field holds it: 1e3 for an int, a list or one text for a tuple, the user's
-    home for ~. Raises ValueError if the field may not have it."""
+    """A value as its field holds it: what a text stands for, 1e3 for an int, a list or one text for
+    a tuple, the user's home for ~. Raises ValueError if the field may not have it."""
     types, rules = types_of(field), field.metadata
+    if isinstance(value, str) and str not in types:
+        value = from_text(value)
     if isinstance(value, float) and float not in types and value.is_integer():
         value = int(value)
     if isinstance(value, str) and rules["path"]:
@@ -107,43 +100,38 @@ def check(cls, values):
     return options, problems
 
 
-def split_words(cls, argv, lists=()):
-    """(words that stand by themselves, {name: value}, problems) of a command line for cls. Both
-    `--name value` and `--name=value`; a bare --name of type bool is True. A setting of `lists`
-    comes as a list: its values have commas between them."""
-    fields, alone, values, problems, words = fields_of(cls), [], {}, [], list(argv)
+def split_words(cls, argv):
+    """(words that stand by themselves, {name: text}) of a command line for cls, the process's own
+    if argv is None. Both `--name value` and `--name=value`; a bare --name of type bool, or --help,
+    is True. Raises UserError."""
+    fields, alone, texts = fields_of(cls), [], {}
+    words = list(sys.argv[1:] if argv is None else argv)
     while words:
         word = words.pop(0)
+        if word == "-h":
+            word = "--help"
         if not word.startswith("--"):
             alone.append(word)
             continue
         name, equals, text = word[2:].partition("=")
-        field = fields.get(name)
         if not equals:
             # the next word is the value, but that of a bool only if it is a bool's
-            bare = field and bool in types_of(field)
+            bare = name == "help" or (name in fields and bool in types_of(fields[name]))
             follows = words and not words[0].startswith("--")
             if follows and (not bare or WORDS.keys() >= set(words[0].lower().split(","))):
                 text = words.pop(0)
-            else:
-                text = "True" if bare else None
-        if not field:
-            problems.append(f"unknown setting {name}{did_you_mean(name, fields)}")
-        elif text is None:
-            problems.append(f"--{name} needs a value")
-        elif name in lists:
-            values[name] = [from_text(field, part) for part in text.split(",")]
-        else:
-            values[name] = from_text(field, text)
-    return alone, values, problems
+            elif bare:
+                text = "True"
+            elif name in fields:
+                raise UserError(f"--{name} needs a value")
+        texts[name] = text
+    return alone, texts
 
 
 def show_help(defaults, usage):
     """Print a command's usage and every setting with its reason and its value in defaults, an
     instance of a dataclass; exit 0."""
-    print(
-        f"usage: {usage}\n\nSettings, with their defaults; a bare --setting of type bool is True:"
-    )
+    print(f"usage: {usage}\n\nSettings, with their defaults; a bare --setting is True:")
     own = type(defaults).__annotations__  # a command's own come before those of a run
     for name, field in sorted(fields_of(defaults).items(), key=lambda item: item[0] not in own):
         if field.metadata["group"]:
@@ -155,18 +143,15 @@ def show_help(defaults, usage):
 
 
 def command_line(cls, argv, usage, words=0):
-    """(an instance of cls, the words that stand by themselves) of a script's command line.
-
-    words: how many may stand by themselves, None for any number. argv: None for the process's own.
-    Raises UserError with all problems in one line; --help prints and exits 0.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
+    """(an instance of cls, the words that stand by themselves) of a script's command line. words:
+    how many there may be, None for any number. argv: as split_words() takes it. Raises UserError
+    with all problems in one line; --help prints and exits 0."""
+    alone, texts = split_words(cls, argv)
+    if "help" in texts:
         show_help(cls(), usage)
-    alone, values, problems = split_words(cls, argv)
-    options, wrong = check(cls, values)
+    options, problems = check(cls, texts)
     extra = [] if words is None else alone[words:]
-    problems += [f"{word} is neither a setting nor its value" for word in extra] + wrong
+    problems += [f"{word} is neither a setting nor its value" for word in extra]
     if problems:
         raise UserError(f"{'; '.join(problems)}; --help lists the settings")
     return options, alone

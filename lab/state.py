@@ -6,11 +6,6 @@ import time
 import torch
 
 
-def mean(total, count):
-    """total / count; of nothing, not a number."""
-    return total / count if count else math.nan
-
-
 class State:
     """All of a run that must survive a restart beside weights, optimizers and scaler, and what
     follows from it. It is the same on every rank, so that all of them take the same way."""
@@ -66,18 +61,15 @@ class State:
 
     def train_loss(self):
         """The mean training loss since the last call of it, nats a token."""
-        loss = mean(self.loss_sum, self.loss_steps)
+        loss = self.loss_sum / self.loss_steps if self.loss_steps else math.nan
         self.loss_sum, self.loss_steps = 0.0, 0
         return loss
-
-    def is_best(self, loss):
-        """Whether a validation loss is below all before. One that is not finite never is."""
-        return loss < self.best.get("val_loss", math.inf)
 
     def evaluated(self, figures, best):
         """Take an evaluation in. best: whether best.pt holds it. Returns the mean training loss
         since the evaluation before."""
-        train_loss = mean(self.epoch_loss_sum, self.epoch_loss_steps)
+        steps = self.epoch_loss_steps
+        train_loss = self.epoch_loss_sum / steps if steps else math.nan
         self.evaluated_step, self.epoch_loss_sum, self.epoch_loss_steps = self.step, 0.0, 0
         self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
         if best:
@@ -91,11 +83,6 @@ class State:
         """Epochs done, a fraction."""
         return self.batches.epoch_at(self.step)
 
-    @property
-    def tokens(self):
-        """Training tokens seen."""
-        return self.step * self.batches.step_tokens
-
     def clock(self):
         """Seconds since the run began, over all restarts."""
         return time.perf_counter() - self.started
@@ -104,8 +91,7 @@ class State:
         """Why the run is over, as a phrase; "" while it is not."""
         c = self.config
         if self.step >= self.total_steps:
-            longer = f"it has {self.step:,} steps, more than the {self.total_steps:,} asked for"
-            return longer if self.step > self.total_steps else f"all {self.step:,} steps are done"
+            return f"{self.step:,} of {self.total_steps:,} steps are done"
         if c.max_hours and self.elapsed_s >= 3600 * c.max_hours:
             return f"max_hours {c.max_hours} have passed"
         if c.patience and self.evaluations_since_best >= c.patience:

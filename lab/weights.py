@@ -37,7 +37,7 @@ def settle_dtype(config, machine, old):
     it was in the config `old`, a dict, or as choose_dtype() says."""
     if config.dtype == "auto":
         config = config.changed(dtype=old.get("dtype", "auto"))
-    machine.dtype, machine.why = machine.from_rank_0(lambda: choose_dtype(config, machine))
+    machine.dtype = machine.from_rank_0(lambda: choose_dtype(config, machine))
     return config.changed(dtype=str(machine.dtype).removeprefix("torch."))
 
 

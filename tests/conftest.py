@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ os.environ.setdefault(
 )
 
 from helpers import ROOT, TINY, make_dataset
+
+import train
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +67,20 @@ def tiny(in_tmp):
     make_dataset(in_tmp / "data")
     (in_tmp / "tiny.py").write_text(TINY)
     return "tiny.py"
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run takes signals until its process ends; here, until the test does."""
+    old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def done(tiny):
+    """tiny, with a finished run of six steps in out/done."""
+    words = [tiny, *"--max_steps 6 --save_interval 3 --out_dir out/done".split()]
+    assert train.main(words) == 0
+    return tiny

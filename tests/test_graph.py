@@ -131,9 +131,3 @@ def test_over_ranks_two_graphs_and_one_sum_are_one_process(tiny, tmp_path, scrip
     two = curve_of_two_ranks(script, tmp_path, "cpu", more)
     for mine, theirs in zip(two, one, strict=True):
         assert_same_curve(theirs, mine, TOKENS, condition=MUON)
-
-
-def test_a_graph_needs_a_gpu_and_no_scaler(tiny, script):
-    for more, named in ((), "CUDA"), (("--dtype=float16",), "float16"):
-        error = script("train.py", "tiny.py", "--cuda_graph", *more, code=2).stderr
-        assert "cuda_graph" in error and named in error

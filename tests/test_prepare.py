@@ -13,7 +13,7 @@ from test_text import jsonl, slow_ids, write
 import prepare
 from lab.console import UserError
 from lab.data import load_tokenizer
-from lab.folder import Lock
+from lab.folder import take_lock
 
 TRAIN = [" \n", " = Title = \n", " \n", " It 's <|endoftext|> 42 . \n", " naïve – Ω 日本語 \n"]
 VAL = [" = Other = \n", " A dog . \n"]
@@ -86,8 +86,7 @@ def test_a_user_s_own_files_in_the_target_folder_are_left_alone(tmp_path, source
 
 def test_two_at_once_do_not_mix(tmp_path, source):
     write(tmp_path / "data/own/.partial", {"train.bin": "the other's"})
-    with Lock() as lock:
-        lock.take(tmp_path / "data/.own.lock", "", "")
+    with take_lock(tmp_path / "data/.own.lock", "", ""):
         with pytest.raises(UserError, match=f"process {os.getpid()} on "):
             prepare.prepare("own", source, data_dir=tmp_path / "data")
         assert (tmp_path / "data/own/.partial/train.bin").exists()

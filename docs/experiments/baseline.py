@@ -44,14 +44,14 @@ class Options(bench.Options):
 
 def main(argv=None):
     config = load_config(argv, "docs/experiments/baseline.py", Options)
-    with open_machine(config) as machine:
-        config, _ = settle(config, machine)
-        if machine.world > 1 or config.block != "gpt2" or config.d_ff != 4 * config.d_model:
-            raise UserError(
-                "nanoGPT's block is gpt2 with d_ff 4 * d_model, and it is timed in one process; "
-                f"use --block gpt2 --d_ff {4 * config.d_model} without torchrun"
-            )
-        compare(config, machine)
+    machine = open_machine(config)
+    config, _ = settle(config, machine)
+    if machine.world > 1 or config.block != "gpt2" or config.d_ff != 4 * config.d_model:
+        raise UserError(
+            "nanoGPT's block is gpt2 with d_ff 4 * d_model, and it is timed in one process; "
+            f"use --block gpt2 --d_ff {4 * config.d_model} without torchrun"
+        )
+    compare(config, machine)
 
 
 def compare(config, machine):
