@@ -109,13 +109,10 @@ def train(config, machine, folder, stop, this_command):
 
 def prompts_from(tokens, encoding):
     """Three texts of a few words from evenly spread places of a split's tokens (n,) uint16."""
-    prompts = []
-    for i in range(3):
-        ids = tokens[len(tokens) * i // 3 :][:12].tolist()
-        text = encoding.decode([id for id in ids if id != encoding.eot_token])
-        # the places may lie amid a character or a word
-        prompts.append(text.strip("\ufffd").partition(" ")[2] or text)
-    return prompts
+    places = [tokens[len(tokens) * i // 3 :][:12] for i in range(3)]
+    texts = [encoding.decode(ids[ids != encoding.eot_token].tolist()) for ids in places]
+    # the places may lie amid a character or a word
+    return [text.strip("\ufffd").partition(" ")[2] or text for text in texts]
 
 
 class Run:

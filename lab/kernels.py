@@ -123,7 +123,11 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
             if gradients:  # the chunk holds the logits' gradients now
                 grad_x[part] = product_over_words(chunk, low_weight)
                 product = torch.mm(chunk.t(), xs_and_ones[part], out=product)
-                add_to(grad_weight, product[:, :D])
+                # on a CPU a sum of two dtypes makes a copy first, so that it is done in bands
+                band = 4096 if kind == "cpu" else len(grad_weight)
+                parts = zip(grad_weight.split(band), product[:, :D].split(band), strict=True)
+                for total, low in parts:
+                    total += low
                 grad_bias += product[:, D]
     if not gradients:
         return losses, None, None, None
@@ -137,14 +141,6 @@ def product_over_words(chunk, weight):
     # sums over 32,767 and more can be wrong there (pytorch#177116)
     parts = zip(chunk.split(16384, 1), weight.split(16384), strict=True)
     return sum((left @ right).float() for left, right in parts)
-
-
-def add_to(total, product):
-    """Add a product in low precision, (V, D), to a sum in float32."""
-    # on a CPU a sum of two dtypes makes a copy first, so that it is done in bands
-    band = 4096 if total.device.type == "cpu" else len(total)
-    for into, part in zip(total.split(band), product.split(band), strict=True):
-        into += part
 
 
 def softmax_in_place(logits, bias, targets, gradients, scratch):

@@ -323,18 +323,12 @@ def hub_rows(repository, config, origin, options, fix):
             texts = ([text_at(row, options.column, repository) for row in part] for part in rows)
             every = 0 if split != "train" or "val" in found else round(1 / options.val_fraction)
             yield from in_splits(split, texts, every)
-    except Exception as error:
-        raise no_hub(repository, error, fix) from None
-
-
-def no_hub(repository, error, fix):
-    """The error for what the hub does not give: it fails in as many ways as there are libraries
-    below."""
-    if isinstance(error, UserError):
-        return error
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return UserError(f"cannot get {repository} from {host} ({why}); {fix}")
+    except UserError:
+        raise
+    except Exception as error:  # it fails in as many ways as there are libraries below
+        host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"cannot get {repository} from {host} ({why}); {fix}") from None
 
 
 def demo_rows(separator):
