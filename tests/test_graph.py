@@ -75,16 +75,6 @@ def test_a_capture_changes_nothing(tiny, more):
             assert not any(value.any() for value in state.values())
 
 
-def test_a_checkpoint_holds_nothing_of_the_graph(tiny):
-    one, two = watched(True), watched(False)
-    take(one, range(2)), take(two, range(2))
-    mine, theirs = (trainer.state_dict()["optimizers"] for trainer in (one, two))
-    for ours, eager in zip(mine, theirs, strict=True):
-        for group, other in zip(ours["param_groups"], eager["param_groups"], strict=True):
-            assert type(group["lr"]) is float and not group["capturable"]
-            assert group | {"lr": 0} == other | {"lr": 0}
-
-
 def test_a_step_that_cannot_be_captured_is_taken_one_by_one(tiny, capsys):
     trainer = watched(True)
     trainer.fails = 1

@@ -79,15 +79,6 @@ def test_the_fused_loss_is_exact_where_a_probability_rounds_to_one_or_to_nothing
     assert not head_loss(x * math.nan, weight, bias, targets, gradients=False)[0].isfinite().any()
 
 
-def test_chunks_are_equal_and_bounded():
-    for N in (1, 31, 4096, 16384, 4097):
-        rows, block = kernels.head_rows("cpu", 50257, N)
-        assert rows * 50257 <= 1 << 26 and block <= rows <= N
-        chunks = math.ceil(N / rows)
-        # the last is as long, or nearly
-        assert N - rows * (chunks - 1) > rows - chunks
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_in_blocks_is_scaled_dot_product_attention(dtype):
     torch.manual_seed(0)
