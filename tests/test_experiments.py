@@ -13,7 +13,6 @@ import sweep
 import train
 from config import Config, load_grid
 from docs.experiments import baseline, collect, datasets, draw
-from lab.console import UserError
 from lab.data import Dataset, load_tokenizer
 from lab.notebook import SavedRun
 
@@ -45,13 +44,6 @@ def test_words_and_bytes_are_those_of_the_text_however_it_is_cut(monkeypatch):
         monkeypatch.setattr(datasets, "BLOCK", block)
         counts = datasets.counts_of(ids, encoding)
         assert (counts["words"], counts["bytes"]) == (len(text.split()), len(text.encode()))
-
-
-def test_too_few_articles_leave_nothing_behind(tiny):
-    make_dataset(Path("data"), "articles")
-    with pytest.raises(UserError, match="3,000 training tokens"):
-        datasets.main(["articles"])
-    assert not Path("data/choose").exists() and not Path("data/wikipedia").exists()
 
 
 def test_a_run_is_collected_and_drawn(both, monkeypatch):

@@ -160,15 +160,12 @@ TUNE = ["free.py", "--dropout", "0", "--lr_schedule", "constant", "--eval_interv
 
 
 @pytest.fixture
-def block(request, tiny):
-    """The block of a run in out/tiny; beside it a second data set, and a config that names no
-    shape."""
-    block = getattr(request, "param", "gpt2")
-    assert train.main([tiny, "--block", block, "--max_steps", "6"]) == 0
+def run(tiny):
+    """A run in out/tiny; beside it a second data set, and a config that names no shape."""
+    assert train.main([tiny, "--max_steps", "6"]) == 0
     make_dataset(Path("data"), "other", seed=5)
     lines = Path(tiny).read_text().splitlines()
     Path("free.py").write_text("\n".join(line for line in lines if not line.startswith(UNNAMED)))
-    return block
 
 
 def tune(*words):
@@ -176,7 +173,7 @@ def tune(*words):
     return train.main([*TUNE, "--dataset", "other", "--init_from", "out/tiny/best.pt", *words])
 
 
-def test_a_run_begins_with_another_s_weights(block, capsys):
+def test_a_run_begins_with_another_s_weights(run, capsys):
     assert tune("--max_steps", "2") == 0
     assert "out/tiny/best.pt" in capsys.readouterr().out
     tokens = rows_of(Batches(Dataset("other").split("train").tokens, 16, 6, 0), 0)
@@ -191,7 +188,7 @@ def test_a_run_begins_with_another_s_weights(block, capsys):
     assert "out/tiny/best.pt, step 6" in capsys.readouterr().out
 
 
-def test_a_resumed_run_needs_the_other_s_weights_no_more(block):
+def test_a_resumed_run_needs_the_other_s_weights_no_more(run):
     assert tune("--max_steps", "6", "--out_dir", "out/whole") == 0
     assert tune("--max_steps", "3") == 0
     shutil.rmtree("out/tiny")
@@ -204,26 +201,13 @@ def test_a_resumed_run_needs_the_other_s_weights_no_more(block):
     assert_the_same_run("out/whole", "out/free")
 
 
-def test_only_what_is_named_contradicts_the_weights(block, tiny):
+def test_only_what_is_named_contradicts_the_weights(run, tiny):
     words = [*TUNE, "--init_from", "out/tiny/best.pt", "--out_dir", "out/new"]
     refused("--d_model 8 --num_layers 2", *words, "--d_model", "20", "--num_layers", "1")
     refused("--head_bias True", *words, "--head_bias", "False")
     assert train.main([*words, "--d_model", "8", "--unigram_bias", "False", "--dry_run"]) == 0
     make_dataset(Path("data"), "words", vocab_size=600)
     refused("tokenizer.* words", *words, "--dataset", "words")
-
-
-@pytest.mark.parametrize("block", ["gpt2", "modern"], indirect=True)
-def test_another_context_where_the_positions_allow_it(block):
-    assert tune("--max_steps", "1", "--max_seq_len", "10") == 0
-    model = LanguageModel.from_checkpoint(load_checkpoint("out/free/best.pt"))
-    assert model.args["max_seq_len"] == 10
-    longer = "--max_steps", "1", "--max_seq_len", "20", "--out_dir", "out/longer"
-    if block == "modern":
-        assert tune(*longer) == 0
-    else:
-        with pytest.raises(UserError, match="20.*--max_seq_len 16"):
-            tune(*longer)
 
 
 # --- out to transformers

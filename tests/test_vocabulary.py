@@ -1,16 +1,13 @@
 """A vocabulary of one's own: learned, encoded, damaged, trained on, sampled from, exported."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import regex
-from helpers import ROOT, load_tokens
+from helpers import load_tokens
 from test_gpt2 import refused
 from test_text import jsonl, write
 
@@ -75,14 +72,6 @@ def test_the_ids_are_those_of_a_slow_bpe_and_decode_to_the_text(own):
     rows = [json.loads(line)["text"] for line in (own / "rows.jsonl").read_text().splitlines()]
     assert ids.tolist() == sum((slow_bpe(row, ranks) + [399] for row in rows[19::20]), [])
     assert len(ids) < dataset.counts["val"].bytes  # pairs were joined
-
-
-def test_the_same_text_gives_the_same_vocabulary_on_any_number_of_threads(own, tmp_path):
-    words = "own", "--source", own / "rows.jsonl", "--vocab_size", "400", "--data_dir", tmp_path
-    command = [sys.executable, ROOT / "prepare.py", *words]
-    subprocess.run(command, env=os.environ | {"RAYON_NUM_THREADS": "3"}, check=True)
-    there = (tmp_path / "own/tokenizer.tiktoken").read_bytes()
-    assert there == (own / "data/own/tokenizer.tiktoken").read_bytes()
 
 
 def test_a_long_training_split_is_learned_from_in_evenly_spread_parts(tmp_path, monkeypatch):
