@@ -44,13 +44,9 @@ def main(argv=None):
     stop = stop_signals(quiet=machine.rank > 0)
     with contextlib.ExitStack() as locks:
         folder = Folder(config.out_dir, machine, locks)
-        return train(config, machine, folder, stop, command_of(argv, machine))
-
-
-def command_of(argv, machine):
-    """The command that begins this run; with --resume it goes on with it."""
-    words = [word for word in argv if word != "--resume"]
-    return command("train.py", *words, processes=machine.local_world)
+        words = [word for word in argv if word != "--resume"]
+        this_command = command("train.py", *words, processes=machine.local_world)
+        return train(config, machine, folder, stop, this_command)
 
 
 def train(config, machine, folder, stop, this_command):
@@ -192,7 +188,7 @@ class Run:
             if stopping or save_is_due:
                 self.save()
             counted = log_is_due or save_is_due
-            if counted and state.skipped_in_a_row >= trainer.patience():
+            if counted and state.skipped_in_a_row >= trainer.patience:
                 return NOT_FINITE
             if stopping:
                 return ""

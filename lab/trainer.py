@@ -58,6 +58,8 @@ class Trainer:
         self.optimizers = make_optimizers(config, model)
         half = machine.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
+        # steps in a row that may be skipped: a scaler begins far too high, and halves at each
+        self.patience = 20 if half else 5
         # the bits of uint16, with which torch can do little; on a GPU that holds ten times as much
         self.tokens = torch.from_numpy(batches.tokens.view(np.int16))
         if machine.device.type == "cuda" and self.tokens.nbytes <= machine.memory() / 10:
@@ -184,11 +186,6 @@ class Trainer:
     def lr(self, i):
         """AdamW's learning rate at step i."""
         return lr_at(i, self.config, self.total_steps)
-
-    def patience(self):
-        """How many steps in a row may be skipped: a scaler begins far too high on purpose, and
-        comes down by one power of two a step."""
-        return 20 if self.scaler.is_enabled() else 5
 
     # --- what a restart needs
 
