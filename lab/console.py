@@ -63,6 +63,9 @@ class Output(io.FileIO):
 
 def open_streams(strict):
     """Make standard error, and unless strict standard output, survive what they cannot write."""
+    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
+        if getattr(sys, name) is None:  # closed; the next file to be opened would get its number
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
     sys.stdin.reconfigure(errors="replace", newline="\n")
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     for name in ("stderr",) if strict else ("stdout", "stderr"):

@@ -63,7 +63,7 @@ run(main, strict=%s)
 """
 
 
-@pytest.mark.parametrize("where", ["> /dev/full 2>&1", "> log", "| head -c 1"])
+@pytest.mark.parametrize("where", ["> /dev/full 2>&1", "<&- >&- 2>&-", "> log", "| head -c 1"])
 def test_no_stream_ends_a_run(tmp_path, where):
     (tmp_path / "talk.py").write_text(TALK % False)
     done = bash(f"{sys.executable} talk.py {where}", tmp_path, PYTHONIOENCODING="ascii")
