@@ -214,11 +214,11 @@ def named_splits(where, paths):
         if shards and {len(shards)} != set(shards):
             why = f"{where} has {len(shards)} shards of its {split} split, as {part[0]}"
             raise UserError(f"{why}; bring all shards of one text, or give --source one of them")
-        twins = {}  # wiki.train.raw and wiki.train.tokens are one text
+        twins = {}  # wiki.train.raw and wiki.train.tokens, or one of them in two folders
         for path in part:
             stem = path.name.lower().removesuffix(".gz").removesuffix(suffix_of(path))
             other = twins.setdefault(stem, path)
-            if split_of(stem) and other.name != path.name:
+            if split_of(stem) and other != path:
                 raise UserError(f"{where} holds {other} and {path}; give --source one of them")
     return found
 

@@ -185,6 +185,7 @@ def test_splits_by_the_names_that_people_write(encoding, tmp_path, capsys, train
         ({"train.txt": "t", "test.csv": "a,b"}, "test.csv"),
         ({"a.md": "t", "test/a.md": "t"}, "test/a.md"),
         ({"one/wiki.train.raw": "t", "two/wiki.train.tokens": "t", "val.txt": "v"}, "wiki.train"),
+        ({"one/train.txt": "t", "two/train.txt": "t", "val.txt": "v"}, "two/train.txt"),
         ({"train-00000-of-00002.jsonl": jsonl(["t"]), "val.jsonl": jsonl(["v"])}, "train-00000"),
         ({".hidden": "t", "x.dat": b"\0"}, "x.dat"),
     ],
