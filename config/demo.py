@@ -6,7 +6,7 @@ and of the parameters would go into words that never occur.
     D = 117,228 training tokens (Python 3.11's), N = 854,028 parameters
     4 x 128 = 512 tokens per step, about 915 steps
 Expected: less than 1.15 bits per byte on the test split, and text that looks like documentation.
-The validation split is of other topics and harder, about 2.0.
+The validation split is of other topics and harder, about 2.1.
 """
 
 dataset = "demo"
