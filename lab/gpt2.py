@@ -73,14 +73,18 @@ def read_folder(folder):
 
 
 def check_tokenizer(folder):
-    """Raise ValueError if a tokenizer lies in a folder whose words and their ids are not GPT-2's,
-    from which its merges follow."""
-    for name in ("vocab.json", "tokenizer.json"):
+    """Raise ValueError if a folder holds a tokenizer whose words or merges are not GPT-2's."""
+    for name in ("vocab.json", "tokenizer.json", "merges.txt"):
         path = folder / name
         if path.exists():
-            words = json.loads(path.read_text(encoding="utf-8"))
-            words = words["model"]["vocab"] if name == "tokenizer.json" else words
-            if words != their_tokenizer(load_tokenizer())[0]:
+            text = path.read_text(encoding="utf-8")
+            words, merges = their_tokenizer(load_tokenizer())
+            if name == "merges.txt":
+                same = text.strip().split("\n")[1:] == merges  # the first line is a version
+            else:
+                found = json.loads(text)
+                same = words == (found["model"]["vocab"] if name == "tokenizer.json" else found)
+            if not same:
                 raise ValueError(f"{name} is of another tokenizer than GPT-2's")
 
 
@@ -92,7 +96,7 @@ def model_args(config):
         raise ValueError(f"config.json has {', '.join(wrong)}")
     args = {ours: config[theirs] for ours, theirs in SIZES.items() if theirs != "n_inner"}
     args["d_ff"] = config.get("n_inner") or 4 * args["d_model"]
-    if args["d_model"] % args["num_heads"]:
+    if not args["num_heads"] or args["d_model"] % args["num_heads"]:
         raise ValueError(f"n_head {args['num_heads']} does not divide n_embd {args['d_model']}")
     # a larger vocabulary is GPT-2's with rows that pad it
     args["vocab_size"] = min(args["vocab_size"], VOCAB_SIZE)

@@ -117,6 +117,7 @@ def test_what_is_no_gpt2_is_named(peer, tmp_path):
         ({"n_layer": LAYERS + 1}, "blocks.3."),
         ({"n_embd": 2 * WIDTH}, r"token_embedding.weight.*\[512, 32\].*\[512, 64\]"),
         ({"n_head": 5}, "n_head 5.*n_embd 32"),
+        ({"n_head": 0}, "n_head 0.*n_embd 32"),
     ):
         path.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=names):
@@ -139,7 +140,7 @@ def test_files_that_cannot_be_read_are_named(peer, tmp_path):
 
 
 def test_another_tokenizer_beside_the_weights_is_refused(peer, tmp_path):
-    words, _ = gpt2.their_tokenizer(load_tokenizer())
+    words, merges = gpt2.their_tokenizer(load_tokenizer())
     swapped = words | {"the": words["a"], "a": words["the"]}
     for name in "vocab.json", "tokenizer.json":
         path = tmp_path / "peer" / name
@@ -151,6 +152,13 @@ def test_another_tokenizer_beside_the_weights_is_refused(peer, tmp_path):
         with pytest.raises(UserError, match=name):
             read(tmp_path / "peer")
         path.unlink()
+    path = tmp_path / "peer/merges.txt"
+    for tried in merges, merges[1:]:
+        path.write_text("\n".join(["#version: 0.2", *tried, ""]), encoding="utf-8")
+        if tried == merges:
+            read(tmp_path / "peer")
+    with pytest.raises(UserError, match=path.name):
+        read(tmp_path / "peer")
 
 
 # --- a run that begins with another's weights
