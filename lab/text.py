@@ -15,7 +15,7 @@ import sys
 import zlib
 from functools import partial
 
-from lab.console import UserError, first_line
+from lab.console import UserError, first_line, python
 from lab.encode import WHITE
 
 SPLITS = ("train", "val", "test")
@@ -31,7 +31,7 @@ NO_SOURCE = re.compile(r"\..*|.*\.(bin|tiktoken)|cache-.*\.arrow")
 ROWS = (".jsonl", ".ndjson", ".parquet", ".arrow")
 # below the top of a folder only these have splits' names: test/ is often code
 DATA = (".txt", ".raw", ".tokens", ".md", *ROWS)
-TABLE = "python -c 'import sys; from datasets import Dataset as D; %s.to_json(\"NEW.jsonl\")' FILE"
+TABLE = "PYTHON -c 'import sys; from datasets import Dataset as D; %s.to_json(\"NEW.jsonl\")' FILE"
 # what is not read, and the command that makes text or rows of it
 CONVERT = {
     ".csv": TABLE % "D.from_csv(sys.argv[1])",
@@ -59,7 +59,8 @@ def kind_of(path):
     if suffix in ROWS:
         return "rows"
     if suffix in CONVERT:
-        convert = CONVERT[suffix].replace("FILE", shlex.quote(str(path)))
+        convert = CONVERT[suffix].replace("PYTHON", python())
+        convert = convert.replace("FILE", shlex.quote(str(path)))
         return f"{suffix[1:]}, not text; `{convert}` converts it"
     if not path.stat().st_size:  # a pipe, too
         return "empty"

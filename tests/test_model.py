@@ -74,6 +74,8 @@ def test_a_modern_model_begins_as_its_embeddings():
     model, tokens = small(block="modern"), torch.randint(97, (2, 12))
     assert torch.equal(model.hidden(tokens), rms_norm(rms_norm(model.token_embedding(tokens))))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):  # the stream is in its dtype
+        assert model.hidden(tokens).dtype == torch.bfloat16
 
 
 @BLOCKS
