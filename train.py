@@ -24,8 +24,8 @@ from lab.folder import Folder, load_checkpoint
 from lab.generate import continue_texts
 from lab.gpt2 import open_weights
 from lab.machine import open_machine
-from lab.notebook import invite, show, verdict, write_entry
-from lab.plan import describe, plan_text
+from lab.notebook import facts, invite, show, verdict, write_entry
+from lab.optimizer import warmup_of
 from lab.state import State
 from lab.trainer import Trainer, micro_batch_size
 from lab.weights import build_model, check_vocabulary, settle, settle_dtype, with_context
@@ -61,8 +61,7 @@ def train(config, machine, folder, stop, this_command):
     config, weights = settle(config, machine, dataset)
     batches, total_steps = batches_of(config, splits["train"])
     hashes = dataset.hashes()
-    own = ("data_dir", "out_dir", "device")  # may differ from rank to rank
-    machine.agree({k: v for k, v in config.plain().items() if k not in own} | {"data": hashes})
+    machine.agree([config.plain(), hashes])
 
     # the plan comes before anything that takes memory or writes
     with torch.device("meta"):
@@ -101,6 +100,61 @@ def train(config, machine, folder, stop, this_command):
     machine.from_rank_0(lambda: folder.begin(state, metadata | {"command": this_command}))
     folder.write("conclusion.md", invite, folder.path)
     return Run(config, folder, stop, dataset, trainer, state).go(resume_command)
+
+
+def describe(config, dataset, model, batches, total_steps):
+    """What the run is, a dict for run.json."""
+    own = {name: getattr(config, name) for name in ("name", "doc", "file", "given", "departs")}
+    data = dict(
+        source=dataset.source["name"],
+        tokenizer=dataset.tokenizer,
+        separator=dataset.separator,
+        splits={split: vars(counts) for split, counts in dataset.counts.items()},
+    )
+    return own | dict(
+        config=config.plain() | {"warmup_steps": warmup_of(config, total_steps)},
+        steps=total_steps,
+        step_tokens=batches.step_tokens,
+        parameters=model.count(),
+        flops_per_token=model.flops_per_token(),
+        vocab_size=dataset.vocab_size,
+        data=data,
+    )
+
+
+def plan_text(metadata, config, machine, model):
+    """What is about to be trained, as text. metadata: describe()'s. model: without memory."""
+    kind, micro = machine.device.type, micro_batch_size(config, model, machine)
+    memory = model.memory_bytes(micro, machine.dtype, kind)
+    times = kind == "cpu" and memory < machine.memory()
+    source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
+    lines = {
+        "run": f"{config.out_dir} on {machine}",
+        "weights": "" if config.resume else f"initialised {source}",
+        **facts(metadata),
+        "time": how_long(metadata, config, machine, model, micro) if times else "",
+        "memory": f"about {memory / 1e9:,.1f} GB per rank, beside Python and torch themselves, "
+        f"with {micro} sequences per forward pass",
+    }
+    return "\n".join(f"{name:10}  {line}" for name, line in lines.items() if line)
+
+
+def how_long(metadata, config, machine, model, micro):
+    """How long a run takes on a CPU, as a phrase, by the time of a forward and backward pass."""
+    model, rows = LanguageModel(**model.args), torch.zeros(micro, config.max_seq_len, dtype=int)
+    times = []
+    while len(times) < 4 and sum(times) < 3:  # the first ones also ask for memory
+        began = time.perf_counter()
+        with machine.autocast():
+            loss = model(rows, rows)
+        loss.backward()
+        times.append(time.perf_counter() - began)
+    tokens = metadata["steps"] * metadata["step_tokens"]
+    seconds = min(times) * tokens / rows.numel() / machine.world
+    limit = 3600 * config.max_hours
+    ends = f", and max_hours ends it after {config.max_hours:g}" if 0 < limit < seconds else ""
+    size, unit = (3600, "hours") if seconds > 7200 else (60, "min") if seconds > 120 else (1, "s")
+    return f"about {math.ceil(seconds / size):,} {unit} on this machine{ends}"
 
 
 def prompts_from(tokens, encoding):
@@ -295,18 +349,12 @@ def eval_only(config, machine):
     config = config.changed(dtype=dtype, d_model=args["d_model"], d_ff=args["d_ff"])
     config = settle_dtype(config, machine, old)
 
-    if config.eval_stride > context:
-        raise UserError(
-            f"eval_stride {config.eval_stride} leaves tokens out: the context is {context}; use "
-            "at most that"
-        )
     micro = micro_batch_size(config, model, machine)
     machine.say(f"{path}, step {checkpoint['step']:,}, on {machine}")
-    for stride in (0, config.eval_stride) if config.eval_stride else (0,):
-        figures = evaluate(model, split, machine, micro, stride)
-        if not math.isfinite(figures["loss"]):
-            raise UserError(f"{path} gives a loss of {figures['loss']}; name another checkpoint")
-        machine.say(figures_text(config.split, figures, dataset.separator))
+    figures = evaluate(model, split, machine, micro)
+    if not math.isfinite(figures["loss"]):
+        raise UserError(f"{path} gives a loss of {figures['loss']}; name another checkpoint")
+    machine.say(figures_text(config.split, figures, dataset.separator))
     return 0
 
 

@@ -71,8 +71,8 @@ class Config:
     grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
 
     eval_interval: int = free(0, "steps per evaluation (0: epochs only)", low=0, group="intervals")
-    save_interval: int = free(500, "steps between checkpoints, beside evaluations (0: none)", low=0)
-    save_minutes: float = free(10.0, "minutes between checkpoints (0: never by time)", low=0)
+    save_interval: int = free(0, "steps between checkpoints, beside evaluations (0: by time)", low=0)
+    save_minutes: float = free(5.0, "minutes between checkpoints (0: never by time)", low=0)
     log_interval: int = free(10, "steps between lines of metrics.jsonl", low=1)
 
     device: str = free("auto", "auto: CUDA if any", choices=DEVICES, group="system")
@@ -84,7 +84,6 @@ class Config:
     resume: bool = free(False, "go on from out_dir's last checkpoint, if there is one")
     eval_only: bool = free(False, "print the best checkpoint's figures and stop")
     split: str = free("val", "--eval_only: which split", choices=("val", "test"))
-    eval_stride: int = free(0, "--eval_only: also with windows this many tokens apart", low=0)
     dry_run: bool = free(False, "print the plan and stop")
 
     question: str = free("", "what this run asks, instead of its config's", group="notebook")
@@ -128,7 +127,6 @@ class Config:
         """What settings say against each other, as phrases."""
         c = self
         parts = c.num_heads * (2 if c.block == "modern" else 1)  # modern turns pairs of a head
-        evaluates = c.eval_stride or c.split != "val"
         rules = [
             (
                 c.d_model % parts and not c.init_from,  # or else other weights give the shape
@@ -137,7 +135,7 @@ class Config:
             (c.unigram_bias and not c.head_bias, "unigram_bias needs head_bias True"),
             (c.min_learning_rate > c.learning_rate, "min_learning_rate is above learning_rate"),
             (len(c.expected_ppl) not in (0, 2), f"expected_ppl {c.expected_ppl} is not low, high"),
-            (evaluates and not c.eval_only, "eval_stride and split need --eval_only"),
+            (c.split != "val" and not c.eval_only, "split needs --eval_only"),
         ]
         return [phrase for wrong, phrase in rules if wrong]
 

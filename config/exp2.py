@@ -22,6 +22,5 @@ batch_size = 32
 epochs = 10
 learning_rate = 3e-4
 weight_decay = 0.1
-grad_clip = 1.0
 
 recorded_ppl = 364.71

@@ -21,7 +21,6 @@ batch_size = 32
 epochs = 15
 learning_rate = 4e-4
 weight_decay = 0.1
-grad_clip = 1.0
 
 expected_ppl = (45.0, 55.0)
 recorded_ppl = 46.33

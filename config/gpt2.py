@@ -20,5 +20,4 @@ batch_size = 32
 epochs = 1
 learning_rate = 4e-5
 weight_decay = 0.1
-grad_clip = 1.0
 eval_interval = 500

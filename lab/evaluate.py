@@ -9,51 +9,37 @@ from lab.console import progress
 from lab.notebook import perplexities
 
 
-def spans(predicted, context, stride):
-    """Windows (start, end, first): inputs from start to end, whose predictions count from first on.
+def evaluate(model, split, machine, rows):
+    """The figures of a whole split, in order, every token but the first predicted once, in windows
+    of the model's context without overlap: those of figures_of(), and the context, as a dict.
 
-    Every one of the first `predicted` positions counts once. All but the first window's have at
-    least context - stride positions before them.
-    """
-    windows, start, first = [], 0, 0
-    while first < predicted:
-        end = min(start + context, predicted)
-        windows.append((start, end, first))
-        start, first = start + stride, end
-    return windows
-
-
-def evaluate(model, split, machine, rows, stride=0):
-    """The figures of a whole split, in order, every token but the first predicted once: those of
-    figures_of(), and the context and stride that they are over, as a dict.
-
-    rows: windows in a forward pass. stride: how far windows of the model's context move; 0 is their
-    length, without overlap.
+    rows: windows in a forward pass.
     """
     was_training, context = model.training, model.args["max_seq_len"]
     model.eval()
-    stride = stride or context
-    windows = spans(len(split.tokens) - 1, context, stride)
-    rows = min(rows, len(windows))
-    batches = [windows[i : i + rows] for i in range(0, len(windows), rows)]
+    predicted = len(split.tokens) - 1
+    starts = range(0, predicted, context)
+    rows = min(rows, len(starts))
+    batches = [starts[i : i + rows] for i in range(0, len(starts), rows)]
     # over windows: nats, tokens, and their products
     sums = np.zeros(5)  # float64, which torch does not have on MPS
     with progress(len(batches), "evaluating", leave=False, disable=machine.rank > 0) as bar:
         for batch in batches[machine.rank :: machine.world]:
             # all forward passes have one shape: short windows and short batches are padded
             chunk = np.zeros((rows, context + 1), dtype=np.int64)
-            for row, (start, end, _) in zip(chunk, batch, strict=False):
-                row[: end - start + 1] = split.tokens[start : end + 1]
+            lengths = [min(context, predicted - start) for start in batch]
+            for row, start, n in zip(chunk, batch, lengths, strict=False):
+                row[: n + 1] = split.tokens[start : start + n + 1]
             chunk = torch.from_numpy(chunk).to(machine.device)
             with machine.autocast():
                 losses = model.token_losses(chunk[:, :-1], chunk[:, 1:]).cpu().numpy()
-            for row, (start, end, first) in zip(losses, batch, strict=False):
-                nats, n = row[first - start : end - start].sum(dtype=float), end - first
+            for row, n in zip(losses, lengths, strict=False):
+                nats = row[:n].sum(dtype=float)
                 sums += [nats, n, nats**2, nats * n, n**2]
             bar.update(machine.world)
     model.train(was_training)
     sums = machine.reduce(*sums.tolist())
-    return figures_of(*sums, len(windows), split) | dict(context=context, stride=stride)
+    return figures_of(*sums, len(starts), split) | dict(context=context)
 
 
 def figures_of(nats, n, squares, products, lengths, k, split):
@@ -84,5 +70,5 @@ def figures_text(split, figures, separator):
         f"{split:11} loss {figures['loss']:.4f}{error} nats per token, "
         f"{perplexities(figures)}\n{'':11} over {figures['tokens']:,} tokens, "
         f"{figures['words']:,} words, {figures['bytes']:,} bytes; context {figures['context']}, "
-        f"stride {figures['stride']}, separator {separator}"
+        f"separator {separator}"
     )

@@ -57,17 +57,18 @@ def open_weights(where):
 def read_folder(folder):
     """The checkpoint's dict of a folder that transformers wrote. Raises UserError."""
     from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
         check_tokenizer(folder)
         args = model_args(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        model = our_weights(read_tensors(folder), args["vocab_size"])
+        model = our_weights(load_file(folder / "model.safetensors"), args["vocab_size"])
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         why = f"it has no {error}" if isinstance(error, LookupError) else error
         raise UserError(
             f"cannot read GPT-2 from {folder}: {why}; name a run's best.pt, or a folder with "
-            "config.json and model.safetensors (not pytorch_model.bin), as transformers' "
-            "save_pretrained writes it"
+            "config.json and model.safetensors (not pytorch_model.bin, nor several parts), as "
+            "transformers' save_pretrained writes it"
         ) from None
     return dict(model=model, model_args=args, tokenizer="gpt2", separator="endoftext", step=0)
 
@@ -101,18 +102,6 @@ def model_args(config):
     # a larger vocabulary is GPT-2's with rows that pad it
     args["vocab_size"] = min(args["vocab_size"], VOCAB_SIZE)
     return args | dict(block="gpt2", head_bias=False)
-
-
-def read_tensors(folder):
-    """{name: tensor} of model.safetensors, else of the files that its index names."""
-    from safetensors.torch import load_file
-
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists() or not index.exists():
-        return load_file(whole)
-    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    tensors = {file: load_file(folder / file) for file in set(files.values())}
-    return {name: tensors[file][name] for name, file in files.items()}
 
 
 def our_weights(tensors, vocab_size):

@@ -70,7 +70,7 @@ def test_no_config_and_no_such_config(tmp_path):
         ("d_model = 16\nnum_heads = 7", "num_heads"),
         ("block = 'modern'\nd_model = 24\nnum_heads = 8", "block"),
         ("learning_rate = 1e-4\nmin_learning_rate = 1e-3", "min_learning_rate"),
-        ("eval_stride = 4", "eval_only"),
+        ("split = 'test'", "eval_only"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, names):

@@ -28,22 +28,17 @@ def loud(context=16):
 LOSS = near(torch.float32, VOCAB)
 
 
-def direct(model, tokens, context, stride):
+def direct(model, tokens, context):
     """The reference: one window at a time, plain logits, float64. Every token but the first counts
-    once, in the first window that holds it; windows begin at multiples of stride. Returns the
-    losses of each window, as lists."""
+    once. Returns the losses of each window, as lists."""
     model.eval()
-    tokens, done, windows = torch.from_numpy(tokens.astype(np.int64)), 1, []
-    for start in range(0, len(tokens) - 1, stride):
+    tokens, windows = torch.from_numpy(tokens.astype(np.int64)), []
+    for start in range(0, len(tokens) - 1, context):
         window = tokens[start : start + context + 1]
         with torch.no_grad():
             logprobs = model(window[None, :-1])[0].double().log_softmax(-1)
-        loss = -logprobs.gather(1, window[1:, None])[:, 0]
-        fresh = loss[done - start - 1 :].tolist()
-        done += len(fresh)
-        windows.append(fresh)
-        if done == len(tokens):
-            return windows
+        windows.append((-logprobs.gather(1, window[1:, None])[:, 0]).tolist())
+    return windows
 
 
 @pytest.mark.parametrize("rows", [3, 64])
@@ -51,11 +46,11 @@ def test_evaluation_is_the_whole_split_in_order(tiny, rows):
     split, model = Dataset("tiny").split("val"), loud()
     figures = evaluate(model.train(), split, CPU, rows)
     assert model.training
-    windows = direct(model, split.tokens, 16, 16)
+    windows = direct(model, split.tokens, 16)
     losses = sum(windows, [])
     nats, n = sum(losses), len(split.tokens) - 1
     assert len(losses) == figures["tokens"] == n
-    assert figures["context"] == figures["stride"] == 16
+    assert figures["context"] == 16
     assert figures["loss"] == pytest.approx(nats / n, rel=LOSS)
     assert math.log(figures["ppl"]) == pytest.approx(nats / n, rel=LOSS)
     assert figures["bits_per_byte"] == pytest.approx(nats / split.bytes / math.log(2), rel=LOSS)
@@ -65,18 +60,6 @@ def test_evaluation_is_the_whole_split_in_order(tiny, rows):
     condition = np.linalg.norm([sum(window) for window in windows]) / spread  # of a difference
     stderr = spread * math.sqrt(k / (k - 1)) / n
     assert figures["stderr"] == pytest.approx(stderr, rel=condition * LOSS)
-
-
-@pytest.mark.parametrize("stride, context", [(1, 16), (5, 16), (3, 7)])
-def test_the_strided_figure_is_that_of_a_double_loop(tiny, stride, context):
-    split, model = Dataset("tiny").split("val"), loud(context=context)
-    split.tokens = split.tokens[:100]
-    figures = evaluate(model, split, CPU, 4, stride)
-    losses = sum(direct(model, split.tokens, context, stride), [])
-    assert len(losses) == 99 == figures["tokens"] and figures["stride"] == stride
-    assert figures["loss"] == pytest.approx(sum(losses) / 99, rel=LOSS)
-    other = evaluate(model, split, CPU, 4)["loss"]
-    assert abs(figures["loss"] / other - 1) > 10 * LOSS  # another figure
 
 
 # --- the command
@@ -97,11 +80,9 @@ def test_eval_only_shows_the_run_s_own_figures_on_any_number_of_ranks(tiny, caps
     assert min(curve) < curve[-1]
     out = capsys.readouterr().out
     figures = out[out.index("val         loss") :].splitlines()[:2]
-    counts = "over 699 tokens, 350 words, 2,100 bytes; context 16, stride 16, separator none"
+    counts = "over 699 tokens, 350 words, 2,100 bytes; context 16, separator none"
     assert counts in figures[1]
     assert shown(capsys, "--micro_batch_size", "5") == figures
-    strided = shown(capsys, "--eval_stride", "4")
-    assert strided[:2] == figures and "stride 4" in strided[3] and strided[2] != figures[0]
     assert script("train.py", tiny, "--eval_only", launch=RANKS).stdout.splitlines()[1:] == figures
 
 
@@ -111,9 +92,9 @@ def test_eval_only_takes_the_context_that_is_asked_for(tiny, capsys, block):
     capsys.readouterr()
     split = Dataset("tiny").split("val")
     model = LanguageModel.from_checkpoint(load_checkpoint("out/tiny/best.pt"))
-    loss = np.mean(sum(direct(model, split.tokens, 10, 10), []))
+    loss = np.mean(sum(direct(model, split.tokens, 10), []))
     lines = shown(capsys, "--max_seq_len", "10")
-    assert "context 10, stride 10" in lines[1]
+    assert "context 10," in lines[1]
     assert float(lines[0].split(" loss ")[1].split()[0]) == pytest.approx(loss, abs=1e-4)
     if block == "modern":
         assert "context 20" in shown(capsys, "--max_seq_len", "20")[1]
@@ -137,6 +118,5 @@ def test_eval_only_s_mistakes_are_named(tiny):
     refused("out/tiny/best.pt")
     assert train.main([tiny, "--max_steps", "6"]) == 0
     refused("test", "--split", "test")
-    refused("eval_stride 17", "--eval_stride", "17")
     forbid(slice(None), "out/tiny/best.pt")
     refused("loss of", "--split", "val")

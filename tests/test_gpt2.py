@@ -86,17 +86,6 @@ def test_a_folder_of_transformers_is_read(peer, tmp_path):
     assert same(read(path).state_dict(), state)
 
 
-def test_shards_are_those_of_the_index(peer, tmp_path):
-    folder, state = tmp_path / "peer", read(tmp_path / "peer").state_dict()
-    (folder / "model.safetensors").unlink()
-    peer.save_pretrained(folder, max_shard_size="30KB")
-    assert same(read(folder).state_dict(), state)
-    first = sorted(folder.glob("model-0*.safetensors"))[0]
-    first.unlink()
-    with pytest.raises(UserError, match=first.name):
-        read(folder)
-
-
 def test_a_padded_vocabulary_is_gpt2_s(in_tmp, capsys):
     model = LanguageModel(50257, 8, 8, 2, 16, 1, head_bias=False)
     gpt2.write_folder(model, load_tokenizer(), "hf")

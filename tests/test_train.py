@@ -35,7 +35,6 @@ from helpers import (
 import report
 import train
 from config import load_config
-from lab import plan
 from lab.console import UserError
 from lab.data import batches_of, load_tokenizer
 from lab.folder import load_checkpoint, take_lock
@@ -241,10 +240,12 @@ def test_figures_of_another_data_set_s_run_are_taken_on_that_data_set(tiny, caps
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "seconds_per_token", lambda model, machine: 10.0)
+    clock = SimpleNamespace(perf_counter=itertools.count(step=1000).__next__)  # s per look
+    monkeypatch.setattr(train, "time", clock)
     assert train.main([tiny, "--dry_run", "--max_hours", "3"]) == 0
     shown = capsys.readouterr().out
-    assert "about 17 hours on this machine, and max_hours ends it after 3\n" in shown
+    # 63 steps of one pass each
+    assert "about 18 hours on this machine, and max_hours ends it after 3\n" in shown
     count = VOCAB * 8 + 16 * 8 + VOCAB + 2 * (4 * 72 + 2 * 8 * 16 + 16 + 8 + 4 * 8) + 16
     ratio, steps = f"{3000 / count:.2f} ", "63 of 6 x 16 = 96 "
     for figure in f" {count:,} (", " 3,000 ", ratio, steps, "5 of warm-up":
