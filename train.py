@@ -68,6 +68,7 @@ def train(config, machine, folder, stop, this_command):
         planned = LanguageModel(**config.model_args(dataset.vocab_size))
     metadata = describe(config, dataset, planned, batches, total_steps)
     machine.say(plan_text(metadata, config, machine, planned))
+    tell_time(metadata, config, machine, planned)
     if config.dry_run:
         return 0
     if config.sample_prompts != ():
@@ -124,25 +125,28 @@ def describe(config, dataset, model, batches, total_steps):
 
 def plan_text(metadata, config, machine, model):
     """What is about to be trained, as text. metadata: describe()'s. model: without memory."""
-    kind, micro = machine.device.type, micro_batch_size(config, model, machine)
-    memory = model.memory_bytes(micro, machine.dtype, kind)
-    times = kind == "cpu" and memory < machine.memory()
+    micro = micro_batch_size(config, model, machine)
+    memory = model.memory_bytes(micro, machine.dtype, machine.device.type)
     source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
     lines = {
         "run": f"{config.out_dir} on {machine}",
         "weights": "" if config.resume else f"initialised {source}",
         **facts(metadata),
-        "time": how_long(metadata, config, machine, model, micro) if times else "",
         "memory": f"about {memory / 1e9:,.1f} GB per rank, beside Python and torch themselves, "
         f"with {micro} sequences per forward pass",
     }
     return "\n".join(f"{name:10}  {line}" for name, line in lines.items() if line)
 
 
-def how_long(metadata, config, machine, model, micro):
-    """How long a run takes on a CPU, as a phrase, by the time of a forward and backward pass."""
-    model, rows = LanguageModel(**model.args), torch.zeros(micro, config.max_seq_len, dtype=int)
-    times = []
+def tell_time(metadata, config, machine, planned):
+    """Print how long a run takes on a CPU, by the time of a forward and backward pass. planned: its
+    model, without memory."""
+    micro = micro_batch_size(config, planned, machine)
+    memory = planned.memory_bytes(micro, machine.dtype, "cpu")
+    if machine.device.type != "cpu" or memory > machine.memory():
+        return
+    model, times = LanguageModel(**planned.args), []
+    rows = torch.zeros(micro, config.max_seq_len, dtype=torch.int64)
     while len(times) < 4 and sum(times) < 3:  # the first ones also ask for memory
         began = time.perf_counter()
         with machine.autocast():
@@ -154,7 +158,7 @@ def how_long(metadata, config, machine, model, micro):
     limit = 3600 * config.max_hours
     ends = f", and max_hours ends it after {config.max_hours:g}" if 0 < limit < seconds else ""
     size, unit = (3600, "hours") if seconds > 7200 else (60, "min") if seconds > 120 else (1, "s")
-    return f"about {math.ceil(seconds / size):,} {unit} on this machine{ends}"
+    machine.say(f"time        about {math.ceil(seconds / size):,} {unit} on this machine{ends}")
 
 
 def prompts_from(tokens, encoding):

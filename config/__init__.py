@@ -71,7 +71,7 @@ class Config:
     grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
 
     eval_interval: int = free(0, "steps per evaluation (0: epochs only)", low=0, group="intervals")
-    save_interval: int = free(0, "steps between checkpoints, beside evaluations (0: by time)", low=0)
+    save_interval: int = free(0, "steps between checkpoints, too (0: by time alone)", low=0)
     save_minutes: float = free(5.0, "minutes between checkpoints (0: never by time)", low=0)
     log_interval: int = free(10, "steps between lines of metrics.jsonl", low=1)
 

@@ -21,6 +21,5 @@ dropout = 0.3
 batch_size = 8
 epochs = 300
 learning_rate = 3e-4
-weight_decay = 0.1
 
 recorded_ppl = 464.64

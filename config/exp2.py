@@ -21,6 +21,5 @@ dropout = 0.3
 batch_size = 32
 epochs = 10
 learning_rate = 3e-4
-weight_decay = 0.1
 
 recorded_ppl = 364.71

@@ -21,7 +21,6 @@ dropout = 0.1
 batch_size = 32
 epochs = 20
 learning_rate = 6e-4
-weight_decay = 0.1
 
 expected_ppl = (80.0, 150.0)
 recorded_ppl = 65.71

@@ -20,7 +20,6 @@ dropout = 0.1
 batch_size = 32
 epochs = 15
 learning_rate = 4e-4
-weight_decay = 0.1
 
 expected_ppl = (45.0, 55.0)
 recorded_ppl = 46.33

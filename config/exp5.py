@@ -24,6 +24,5 @@ epochs = 15
 max_hours = 12.0
 patience = 5
 learning_rate = 4e-4
-weight_decay = 0.1
 
 expected_ppl = (35.0, 42.0)

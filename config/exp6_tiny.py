@@ -26,4 +26,3 @@ learning_rate = 1.5e-2
 adam_eps = 1e-5
 warmup_steps = 20
 lr_schedule = "trapezoid"
-weight_decay = 0.1

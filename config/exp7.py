@@ -31,6 +31,5 @@ epochs = 15
 optimizer = "muon"
 learning_rate = 6e-3
 adam_eps = 1e-5
-warmup_steps = 200
 lr_schedule = "trapezoid"
 weight_decay = 0.03

@@ -28,4 +28,3 @@ learning_rate = 8e-3
 adam_eps = 1e-5
 warmup_steps = 20
 lr_schedule = "trapezoid"
-weight_decay = 0.1

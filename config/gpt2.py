@@ -19,5 +19,4 @@ dropout = 0.1
 batch_size = 32
 epochs = 1
 learning_rate = 4e-5
-weight_decay = 0.1
 eval_interval = 500

@@ -39,6 +39,7 @@ from lab.console import UserError
 from lab.data import batches_of, load_tokenizer
 from lab.folder import load_checkpoint, take_lock
 from lab.weights import new_model
+from train import tell_time
 
 # Embeddings of 0.02 make a logit's standard deviation 0.02 * 8**0.5, and in a mean over 96 targets
 # a tenth of that: the first loss is within five of those of what the head's bias alone gives.
@@ -242,6 +243,7 @@ def test_figures_of_another_data_set_s_run_are_taken_on_that_data_set(tiny, caps
 def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys, monkeypatch):
     clock = SimpleNamespace(perf_counter=itertools.count(step=1000).__next__)  # s per look
     monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "tell_time", tell_time)
     assert train.main([tiny, "--dry_run", "--max_hours", "3"]) == 0
     shown = capsys.readouterr().out
     # 63 steps of one pass each
