@@ -12,7 +12,7 @@ import bench
 import sweep
 import train
 from config import Config, load_grid
-from docs.experiments import baseline, collect, datasets, draw
+from docs.experiments import baseline, collect, datasets, draw, stream
 from lab.data import Dataset, load_tokenizer
 from lab.notebook import SavedRun
 
@@ -65,6 +65,14 @@ def test_a_run_is_collected_and_drawn(both, monkeypatch):
     assert Path("runs.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_stream_is_low_where_autocast_is_on(tiny):
+    for commands in train, stream:
+        words = [tiny, "--dtype", "bfloat16", "--max_steps", "4", "--out_dir", commands.__name__]
+        assert commands.main(words if commands is train else ["train.py", *words]) == 0
+    plain, low = (metrics(folder)[-1]["train_loss"] for folder in ("train", stream.__name__))
+    assert plain != low == pytest.approx(plain, rel=4 * 2**-8)
+
+
 # stands for Python: writes down what it is asked to do, and says which run was the best
 PYTHON = """#!/bin/sh
 [ "$1" = -c ] || echo "$*" >> calls
@@ -93,6 +101,8 @@ def test_all_that_gpu_sh_runs_has_settings_that_there_are(in_tmp, toy):
     seen = set()
     for script, *words in map(str.split, Path("calls").read_text().splitlines()):
         script = Path(script).name
+        if script == "stream.py":
+            script, *words = words
         if cls := OPTIONS.get(script):
             lists = [name for name in vars(Config()) if script == "sweep.py"]
             words = [word.replace('"', "") for word in words]
