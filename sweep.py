@@ -21,7 +21,7 @@ import torch
 
 import report
 from config import Config, load_grid
-from lab.console import ROOT, UserError, command, cpu_cores, run, stop_signals
+from lab.console import ROOT, UserError, command, cpu_cores, progress, run, stop_signals
 from lab.data import Dataset, batches_of
 from lab.folder import read_bytes, read_json, write_text
 from lab.machine import Machine, choose_device, ranks_of
@@ -116,10 +116,17 @@ def claim(top, sweep):
         raise UserError(f"cannot write into {top}: {error.strerror}; fix that") from None
 
 
-def go(jobs, config, stop):
-    """Run what is left, to its end or to a signal; the runs then save and stop, too."""
+def steps_done(folders):
+    """How many steps the runs in some folders have taken."""
+    return sum(SavedRun(folder).last["step"] for folder in folders)
+
+
+def go(jobs, config, stop, total):
+    """Run what is left, to its end or to a signal; the runs then save and stop, too. total: the
+    steps of all."""
     waiting = [folder for folder in jobs if not SavedRun(folder).counts]
     running = {}  # {slot: (a run's folder, its process)}
+    bar, looked = progress(total, "sweep", initial=steps_done(jobs), unit="step"), time.monotonic()
     while running or (waiting and not stop):
         # start what may run
         for slot in range(config.jobs):
@@ -127,6 +134,9 @@ def go(jobs, config, stop):
                 folder = waiting.pop(0)
                 running[slot] = folder, start(folder, jobs[folder], config, slot)
         time.sleep(0.5)
+        if time.monotonic() - looked > 5:  # seldom, since it reads the runs' files
+            bar.update(steps_done(jobs) - bar.n)
+            looked = time.monotonic()
 
         # pass a signal on; a run that has had it takes no harm
         for _, process in running.values() if stop else ():
@@ -139,7 +149,9 @@ def go(jobs, config, stop):
                 saved, left = SavedRun(folder), len(waiting) + len(running)
                 why = read_bytes(f"{folder}/log.txt").decode(errors="replace").splitlines()[-1]
                 state = saved.state if saved.counts else f"{saved.state}: {why}"
+                bar.clear()
                 print(f"{saved.name}: {state}; {left} to go", file=sys.stderr)
+    bar.close()
 
 
 def start(folder, words, config, slot):
@@ -173,7 +185,7 @@ def main(argv=None):
     if config.print:
         return print("\n".join(command("train.py", *words) for words in jobs.values()))
     print(plan, flush=True)
-    go(jobs, config, stop)
+    go(jobs, config, stop, steps)
     done = sum(saved.counts for saved in map(SavedRun, jobs))
     if stop and done < len(jobs):
         print(f"stopped: {done} of {len(jobs)} runs are finished; resume: {sweep['command']}")
