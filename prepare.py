@@ -20,7 +20,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from lab.console import ROOT, UserError, command, first_line, progress, run
+from lab.console import UserError, command, first_line, progress, run
 from lab.data import (
     HUB_CONFIGS,
     VOCAB_SIZE,
@@ -58,7 +58,7 @@ class Options:
         0, "tokens to learn from the text (0: GPT-2's, for the demo 2048)", low=257, below=65537
     )
     val_fraction: float = setting(
-        0.05, "what a text without a validation split gives to one", low=1e-6, below=0.51
+        0.05, "of a text without a validation split, as 1/2, 1/3, 1/4 ...", low=1e-6, below=0.51
     )
     data_dir: str = setting("data", "where data sets lie", path=True)
     force: bool = setting(False, "replace what is prepared")
@@ -84,9 +84,8 @@ def is_prepared(name, options):
     how = f"separator {dataset.separator}, vocab_size {size}, from {dataset.source['name']}"
     is_own = options.source or options.hub or vocabulary_of(name)[0] not in SEPARATORS
     if is_own or (dataset.separator, size) != (options.separator, options.vocab_size):
-        train = command("train.py", ROOT / "config/own.py", "--dataset", name)
-        fix = "--source PATH --force replaces it, --data_dir DIR puts another elsewhere"
-        raise UserError(f"{folder} is prepared already ({how}); `{train}` trains on it, {fix}")
+        fix = "--force replaces it, --data_dir DIR puts another elsewhere"
+        raise UserError(f"{folder} is prepared already ({how}); {fix}")
     print(f"{folder} is already prepared: {how}")
     return True
 
@@ -201,7 +200,7 @@ def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more
         str(source), separator=separator, vocab_size=vocab_size, data_dir=str(data_dir), **more
     )
     # WikiText in several vocabularies is several data sets
-    named = f"{name}-{vocab_size}" if name in HUB_CONFIGS and vocab_size != VOCAB_SIZE else name
+    named = f"{text}-{vocab_size}" if text in HUB_CONFIGS and vocab_size != VOCAB_SIZE else text
     try:
         if is_prepared(named, options):
             return Dataset(named, data_dir)

@@ -33,7 +33,7 @@ def vocabulary_of(name):
     """(the text, the size of its vocabulary) that the name of a data set tells: wikitext-103-8192
     is WikiText with 8,192 tokens of its own."""
     text, _, size = name.rpartition("-")
-    if text in HUB_CONFIGS and size.isdigit():
+    if text in HUB_CONFIGS and size.isdigit() and 256 < int(size) <= 1 << 16:
         return text, int(size)
     return name, DEMO_VOCAB_SIZE if name == "demo" else VOCAB_SIZE
 
@@ -63,6 +63,7 @@ class Dataset:
         asked = self.source.get("vocab_size", VOCAB_SIZE)  # a short text gives fewer
         if asked != vocabulary_of(name)[1]:
             self.fix += f" --vocab_size {asked}"
+        self.fix += f" --separator {self.separator}"
         self.tokenizer_text = ""
         if vocabulary:
             self.tokenizer_text = bytes(self.read("tokenizer.tiktoken", vocabulary)).decode()

@@ -21,13 +21,13 @@ from lab.encode import WHITE
 SPLITS = ("train", "val", "test")
 BLOCK = 1 << 20  # characters that are read, encoded and written at a time
 # the last place at which GPT-2's pattern splits a text in any case: between a word and white space
-CUT = re.compile(rf"(?s).*\S(?={WHITE}+\S)")
+CUT = re.compile(rf"(?s).*[^\s\ufeff](?={WHITE}+\S)")
 # a word of its own: in WikiText's names, in the hub's shards, and as people write it
 SPLIT_WORD = re.compile(
     r"(?<![a-z])(training|train|validation|valid|val|dev|testing|test)(set)?(?![a-z])"
 )
-# hidden, or a token file beside its text, or what datasets made of a text that lies there too
-NO_SOURCE = re.compile(r"\..*|.*\.(bin|tiktoken)|cache-.*\.arrow")
+# hidden, or a program's, or a token file, or what datasets made of a text that lies there too
+NO_SOURCE = re.compile(r"\..*|__pycache__|requirements.*\.txt|.*\.(bin|tiktoken)|cache-.*\.arrow")
 ROWS = (".jsonl", ".ndjson", ".parquet", ".arrow")
 # below the top of a folder only these have splits' names: test/ is often code
 DATA = (".txt", ".raw", ".tokens", ".md", *ROWS)
@@ -125,7 +125,7 @@ def read_json(path):
             if isinstance(row, dict):
                 rows.append(row)
             elif line.strip():
-                fix = "`jq -c '.[]' FILE > NEW.jsonl` makes a row a line of an array"
+                fix = "mend it, or if this is an array, `jq -c '.[]' FILE > NEW.jsonl` makes lines"
                 raise UserError(f"{path}, line {number} is no JSON object; {fix}")
         yield rows
 
@@ -241,9 +241,8 @@ def path_source(path, options):
     splits = named_splits(path, paths) or {"train": paths}
     chosen = {split: choose(f"the {split} split of {path}", splits[split]) for split in splits}
     if count := len(paths) - sum(map(len, chosen.values())):
-        print(
-            f"skipped {count:,} {'other files' if len(splits) > 1 else 'files that are not text'}"
-        )
+        read = next(iter(chosen.values()))[0]
+        print(f"skipped {count:,} other files; files like {read} are read")
     return partial(read_files, chosen, options)
 
 
@@ -279,12 +278,15 @@ def in_splits(split, rows, every):
 
 def divide_texts(paths, every):
     """[(split, path, start, end)] of text files without a validation split, in characters. One is
-    cut; of several, from the largest to the smallest, every so many is val's, at least the last."""
+    cut; of several, from the largest to the smallest, every so many is val's; of fewer than that,
+    the one whose size is nearest to val's share."""
     if len(paths) == 1:
         place = place_of_cut(paths[0], every)
         return [("train", paths[0], 0, place), ("val", paths[0], place)]
-    by_size = sorted(paths, key=lambda path: -path.stat().st_size)
-    val = set(by_size[every - 1 :: every] or by_size[-1:])
+    sizes = {path: path.stat().st_size for path in paths}
+    by_size, share = sorted(paths, key=lambda path: -sizes[path]), sum(sizes.values()) / every
+    nearest = min(paths, key=lambda path: abs(sizes[path] - share))
+    val = set(by_size[every - 1 :: every] or [nearest])
     return [("val" if path in val else "train", path) for path in paths]
 
 
@@ -315,14 +317,15 @@ def hub_rows(repository, config, origin, options, fix):
         origin["revision"] = revision
         how = dict(revision=revision, streaming=bool(options.hub))
         loaded = datasets.load_dataset(repository, config, **how)
-        found = {split_of(name): rows for name, rows in loaded.items()}
-        if "train" not in found:
+        found = [(split_of(name), data) for name, data in loaded.items() if split_of(name)]
+        splits = {split for split, _ in found}
+        if "train" not in splits:
             raise UserError(f"{repository} has no train split, only {', '.join(loaded)}")
-        for split in [split for split in SPLITS if split in found]:
-            tables = found[split].with_format("arrow").iter(batch_size=1024)
+        for split, data in found:
+            tables = data.with_format("arrow").iter(batch_size=1024)
             rows = (table.to_pylist() for table in tables)
             texts = ([text_at(row, options.column, repository) for row in part] for part in rows)
-            every = 0 if split != "train" or "val" in found else round(1 / options.val_fraction)
+            every = 0 if split != "train" or "val" in splits else round(1 / options.val_fraction)
             yield from in_splits(split, texts, every)
     except UserError:
         raise

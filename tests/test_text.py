@@ -173,6 +173,7 @@ def test_splits_by_the_names_that_people_write(encoding, tmp_path, capsys, train
     texts = jsonl(["t t"]), jsonl(["v v"])
     texts = texts if "jsonl" in train else ("t t", "v v")
     files = {train: texts[0], val: texts[1], "contest.txt": b"\xff not read", "test.py": "x"}
+    files["requirements-dev.txt"] = files["test/__pycache__/test.pyc"] = "not seen"
     ids = ids_of(tmp_path, write(tmp_path / "src", files))
     assert ids == {"train": slow_ids(encoding, ["t t"]), "val": slow_ids(encoding, ["v v"])}
     assert "skipped 2 other files" in capsys.readouterr().out
@@ -211,7 +212,7 @@ def test_a_folder_without_splits_is_all_its_text(encoding, tmp_path, capsys):
     write(source, {"a.zip": b"PK\3\4", "package/test/data.py": texts[0]})
     os.mkfifo(source / "pipe")
     ids = ids_of(tmp_path, source)
-    assert "skipped 3 files that are not text\n" in capsys.readouterr().out
+    assert "skipped 3 other files" in capsys.readouterr().out
     val = encoding.decode(ids["val"][:-1])
     assert val in texts and ids["val"].count(END) == 1 and ids["train"].count(END) == 24
     write(tmp_path / "few", {"a.md": "a " * 40, "b.md": "b " * 20, "c.md": "c " * 30})
@@ -249,6 +250,12 @@ def test_one_text_file_is_divided_near_a_line_end_or_a_blank(encoding, tmp_path)
         assert encoding.decode(ids["val"]).startswith(val)
     refused(tmp_path, write(tmp_path, {"x.txt": "x"}) / "x.txt", "x.txt")
     refused(tmp_path, write(tmp_path, {"x.jsonl": jsonl(["x"] * 9)}) / "x.jsonl", "--val_fraction")
+
+
+def test_of_few_text_files_that_is_validation_which_is_nearest_to_its_share(encoding, tmp_path):
+    files = {"a.txt": "long " * 900, "b.txt": "fair " * 50, "README.md": "short"}
+    ids = ids_of(tmp_path, write(tmp_path / "src", files))
+    assert encoding.decode(ids["val"][:-1]) == "fair " * 50
 
 
 def test_rows_are_divided_evenly_wherever_they_lie(encoding, tmp_path):

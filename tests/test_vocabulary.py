@@ -106,7 +106,7 @@ def test_a_damaged_vocabulary_is_one_line_with_the_command(own, tmp_path):
     path = tmp_path / "data/own/tokenizer.tiktoken"
     for damage in (lambda: path.write_text(path.read_text()[:-9]), path.unlink):
         damage()
-        with pytest.raises(UserError, match="tokenizer.tiktoken.*--vocab_size 400 --force"):
+        with pytest.raises(UserError, match="tokenizer.tiktoken.*--vocab_size 400 .*--force"):
             Dataset("own", tmp_path / "data")
 
 
@@ -114,11 +114,17 @@ def test_wikitext_in_another_vocabulary_is_another_data_set(tmp_path):
     write(tmp_path, {"a/train.txt": "the cat\n" * 9, "a/valid.txt": "the mat\n"})
     more = dict(vocab_size=270, data_dir=tmp_path / "data")
     assert prepare.prepare("wikitext-2", tmp_path / "a", **more).name == "wikitext-2-270"
-    del more["vocab_size"]  # the name says it
+    assert (
+        prepare.prepare("wikitext-2-4096", tmp_path / "a", force=True, **more).name[-4:] == "-270"
+    )
+    del more["vocab_size"]  # the name says it, where it may be one
+    for size in 256, 65537:
+        dataset = prepare.prepare(f"wikitext-2-{size}", tmp_path / "a", **more)
+        assert (dataset.tokenizer, dataset.separator) == ("gpt2", "endoftext")
     again = prepare.prepare("wikitext-2-270", tmp_path / "a", force=True, **more)
     assert (again.source["vocab_size"], again.separator) == (270, "none")
     (tmp_path / "data/wikitext-2-270/train.bin").write_bytes(b"")
-    once = "wikitext-2-270 --data_dir [^ ]+ --force"
+    once = "wikitext-2-270 --data_dir [^ ]+ --separator none --force"
     with pytest.raises(UserError, match=once):
         Dataset("wikitext-2-270", tmp_path / "data").split("train")
     more["vocab_size"] = 50257  # names GPT-2's

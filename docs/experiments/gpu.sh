@@ -113,12 +113,12 @@ train() { # NAME CONFIG [--setting value ...]: a run of full length, and text fr
         --start "The cat sat on the" --max_new_tokens "$tokens"
 }
 
-best() { # FOLDER ...: the name of that whose run ended with the fewest bits per byte
+best() { # FOLDER ...: the first setting of that whose run ended with the fewest bits per byte
     "$PYTHON" -c '
 import json, pathlib, sys
 ends = [path for folder in sys.argv[1:] for path in pathlib.Path(folder).glob("final.json")]
 bits = lambda path: json.loads(path.read_text())["val"]["bits_per_byte"]
-print(min(ends, key=bits).parent.name)' "$@"
+print(min(ends, key=bits).parent.name.partition(",")[0])' "$@"
 }
 
 # --- what is done
