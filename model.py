@@ -185,8 +185,8 @@ class LanguageModel(nn.Module):
     def hidden(self, tokens, positions=None, attend=None):
         """tokens (B, T) int64, T <= max_seq_len -> what the head reads, (B, T, D).
 
-        With a cache, positions (B, T) are the tokens' own, and attend(layer) is a layer's
-        attention.
+        positions (B, T): the tokens' positions, where they do not begin at 0. attend(layer): a
+        layer's attention, where keys and values are cached.
         """
         T = tokens.shape[1]
         x = self.token_embedding(tokens)
@@ -269,8 +269,8 @@ class LanguageModel(nn.Module):
 
     def flops_per_token(self):
         """FLOPs per token of training, forward and backward: 6 per weight of every matmul, the
-        head's too, and 6 * T * D per layer for attention, of which a causal mask needs half of 12
-        (PaLM, appendix B)."""
+        head's too. Attention takes 12 * T * D per layer, of which a causal mask needs half (PaLM,
+        appendix B)."""
         a = self.args
         layers, D = a["num_layers"], a["d_model"]
         weights = a["vocab_size"] * D + layers * (4 * D + 2 * a["d_ff"]) * D

@@ -282,15 +282,6 @@ def main(argv=None):
     options, words = command_line(Options, argv, usage, words=None)
     # files among the words, our pictures in out/*, hold no run
     tops = [os.path.normpath(word) for word in words or ["out"]]
-    try:
-        show_runs(options, tops)
-    except OSError as error:
-        raise UserError(f"cannot make the report: {error}; put that right") from None
-
-
-def show_runs(options, tops):
-    """Print the table of the runs in some folders, and lay its files beside them. tops: the folders
-    that were asked for. Raises UserError, and OSError."""
     runs = runs_in(tops)
     missing = [top for top in tops if not os.path.exists(top)]
     if missing or not runs:

@@ -46,7 +46,8 @@ def jobs_of(argv):
     """(the sweep's folder, its first run's Options, what sweep.json is to hold, {a run's folder:
     its words for train.py}) of a command line. Raises UserError."""
     fields = fields_of(Config).items()
-    names = [name for name, f in fields if name not in OWN and tuple not in types_of(f)]
+    whole = (*OWN, "question")  # whose commas separate nothing; so too those of tuples
+    names = [name for name, f in fields if name not in whole and tuple not in types_of(f)]
     configs = load_grid(argv, "sweep.py", Options, names)
     first, ((path, *_), given) = configs[0], split_words(Options, argv)
     if len(configs) == 1:
@@ -96,24 +97,21 @@ def folder_name(settings):
 
 def claim(top, sweep):
     """Write sweep.json: the command, what varies, each run's values of that and its steps, and the
-    other settings. Raises UserError."""
-    try:
-        os.makedirs(top, exist_ok=True)
-        old = read_json(f"{top}/sweep.json")
-        fixed = [name for name in (*report.SETTINGS, "dtype") if name not in sweep["vary"]]
-        now = {"what varies": sweep["vary"]} | {name: sweep["config"][name] for name in fixed}
-        was = now | {"what varies": old.get("vary", sweep["vary"])} | old.get("config", {})
-        changed = [name for name in now if was[name] not in (now[name], "auto")]
-        if changed:
-            phrases = [f"{name} was {was[name]}, now {now[name]}" for name in changed]
-            raise UserError(
-                f"{top} holds another sweep, `{old['command']}`: {'; '.join(phrases)}; choose "
-                "another --out_dir"
-            )
-        sweep |= {name: old.get(name, {}) | sweep[name] for name in ("runs", "steps")}
-        write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write into {top}: {error.strerror}; fix that") from None
+    other settings. Raises UserError, OSError."""
+    os.makedirs(top, exist_ok=True)
+    old = read_json(f"{top}/sweep.json")
+    fixed = [name for name in (*report.SETTINGS, "dtype") if name not in sweep["vary"]]
+    now = {"what varies": sweep["vary"]} | {name: sweep["config"][name] for name in fixed}
+    was = now | {"what varies": old.get("vary", sweep["vary"])} | old.get("config", {})
+    changed = [name for name in now if was[name] not in (now[name], "auto")]
+    if changed:
+        phrases = [f"{name} was {was[name]}, now {now[name]}" for name in changed]
+        raise UserError(
+            f"{top} holds another sweep, `{old['command']}`: {'; '.join(phrases)}; choose "
+            "another --out_dir"
+        )
+    sweep |= {name: old.get(name, {}) | sweep[name] for name in ("runs", "steps")}
+    write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
 
 
 def steps_done(folders):

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=2 train.py config/exp5.py
 
 A run is a pure function of its config. Batch i follows from (seed, i), the learning rate from the
-step, dropout from (seed, step, rank). Ranks and micro-batches only slice a batch. So the number of
-processes changes the speed and nothing else, and a resumed run equals an uninterrupted one.
+step, dropout from (seed, step, rank). Ranks and micro-batches only slice a batch: they change the
+speed and dropout's masks, and nothing else. A resumed run equals an uninterrupted one.
 """
 
 import contextlib
@@ -350,7 +350,7 @@ def eval_only(config, machine):
     context = config.max_seq_len if "max_seq_len" in named else args["max_seq_len"]
     model = LanguageModel.from_checkpoint(with_context(checkpoint, context)).to(machine.device)
     dtype = config.dtype if "dtype" in named else "auto"
-    config = config.changed(dtype=dtype, d_model=args["d_model"], d_ff=args["d_ff"])
+    config = config.changed(dtype=dtype, d_model=args["d_model"])
     config = settle_dtype(config, machine, old)
 
     micro = micro_batch_size(config, model, machine)

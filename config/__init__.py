@@ -58,7 +58,7 @@ class Config:
     max_steps: int = free(0, "end after this many optimizer steps (0: no limit)", low=0)
     max_hours: float = free(0.0, "end after this many hours, resumes included (0: no limit)", low=0)
     patience: int = free(0, "end after this many evaluations without a best (0: never)", low=0)
-    learning_rate: float = setting(4e-4, "AdamW's, after the warm-up", low=0)
+    learning_rate: float = setting(4e-4, "AdamW's, after the warm-up", low=1e-30)
     min_learning_rate: float = setting(0.0, "AdamW's, at the end of the schedule", low=0)
     warmup_steps: int = free(200, "linear warm-up, at most a tenth of the run's steps", low=0)
     lr_schedule: str = setting("cosine", "trapezoid: falls over the last 40 %", choices=SCHEDULES)
@@ -67,7 +67,7 @@ class Config:
     weight_decay: float = setting(0.1, "of matrices; of embeddings, too, without Muon", low=0)
     beta1: float = setting(0.9, "AdamW's", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's; 0.95 is GPT-3's and nanoGPT's", low=0, below=1)
-    adam_eps: float = setting(1e-8, "AdamW's; 1e-5 keeps the embeddings of rare words still", low=0)
+    adam_eps: float = setting(1e-8, "AdamW's; 1e-5 keeps embeddings of rare words still", low=1e-30)
     grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
 
     eval_interval: int = free(0, "steps per evaluation (0: epochs only)", low=0, group="intervals")
@@ -127,6 +127,7 @@ class Config:
         """What settings say against each other, as phrases."""
         c = self
         parts = c.num_heads * (2 if c.block == "modern" else 1)  # modern turns pairs of a head
+        texts = all(isinstance(prompt, str) for prompt in c.sample_prompts or ())
         rules = [
             (
                 c.d_model % parts and not c.init_from,  # or else other weights give the shape
@@ -135,6 +136,7 @@ class Config:
             (c.unigram_bias and not c.head_bias, "unigram_bias needs head_bias True"),
             (c.min_learning_rate > c.learning_rate, "min_learning_rate is above learning_rate"),
             (len(c.expected_ppl) not in (0, 2), f"expected_ppl {c.expected_ppl} is not low, high"),
+            (not texts, f"sample_prompts {c.sample_prompts} are not all texts"),
             (c.split != "val" and not c.eval_only, "split needs --eval_only"),
         ]
         return [phrase for wrong, phrase in rules if wrong]

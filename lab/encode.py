@@ -77,7 +77,7 @@ def learn(texts, size):
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks)
 
 
-def ranks_of(text):
+def token_ranks(text):
     """{a token's bytes: its id} of a vocabulary's file."""
     lines = (line.split() for line in text.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -85,7 +85,7 @@ def ranks_of(text):
 
 def pairs_of(ranks):
     """The two tokens that each token of several bytes joins, (left, right) bytes, in the order of
-    the ids: what other programs call merges. ranks: as ranks_of() gives them."""
+    the ids: what other programs call merges. ranks: as token_ranks() gives them."""
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]

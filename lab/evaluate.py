@@ -49,7 +49,8 @@ def figures_of(nats, n, squares, products, lengths, k, split):
     squares, products and lengths those of nats * nats, nats * n and n * n."""
     loss = nats / n
     is_prose = split.bytes < 8 * split.words  # a word has 6 in English, 7 in German, 9 in code
-    # of windows around the loss times their length; max() keeps a nan that comes first
+    # the sum of (nats - loss * tokens) ** 2 over windows, which rounding may make negative; max()
+    # keeps a nan, since it stands first
     spread = max(squares - 2 * loss * products + loss * loss * lengths, 0.0)
     return {
         "loss": loss,

@@ -1,7 +1,8 @@
 """A run's folder: what the run writes there, by rank 0, and what it goes on from.
 
 out/NAME/last.pt is all that a restart needs, prev.pt the checkpoint before, best.pt the weights
-that evaluated best. Reading one executes nothing. torch is imported only there: report.py has none.
+that evaluated best. Reading one executes nothing. torch is imported where a checkpoint is read or
+written, since report.py does without.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from lab.console import ROOT, UserError, first_line, warn
 
 def write_whole(path, write, kept=None):
     """Call write(file) on a new binary file, bring it to the disk and rename it to `path`, so that
-    path is whole at every moment. kept: a path that what was at `path` is renamed to before. Raises
+    path is whole at every moment. kept: the path that the old file is moved to first. Raises
     OSError, a full disk's for instance, and then leaves both as they were."""
     part = f"{path}.part"
     try:

@@ -131,7 +131,7 @@ def converted(tensors, parts):
 
 def write_folder(model, encoding, folder):
     """Write a model of block gpt2, but for its head's bias, and its tokenizer into a new folder, as
-    transformers reads them. Raises UserError."""
+    transformers reads them. Raises OSError, also where the folder is there already."""
     from safetensors.torch import save
 
     state = model.state_dict()
@@ -146,13 +146,10 @@ def write_folder(model, encoding, folder):
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
         "config.json": json.dumps(config, indent=2) + "\n",
     }
-    try:
-        os.makedirs(folder)
-        write_whole(f"{folder}/model.safetensors", lambda file: file.write(content))
-        for name, text in texts.items():
-            write_text(f"{folder}/{name}", text)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; name a new folder") from None
+    os.makedirs(folder)
+    write_whole(f"{folder}/model.safetensors", lambda file: file.write(content))
+    for name, text in texts.items():
+        write_text(f"{folder}/{name}", text)
 
 
 def their_tokenizer(encoding):

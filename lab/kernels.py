@@ -94,7 +94,7 @@ def head_loss(x, weight, bias, targets, gradients, compiled_softmax=None):
     is_low = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if is_low else weight.dtype
     rows, block = head_rows(kind, V, N)
-    # matmul kernels want a multiple of 64; the words that are none get a bias of -inf
+    # matmul kernels want a multiple of 64; the columns that are no words get a bias of -inf
     extra = -V % 64
     with torch.autocast(kind, enabled=False):
         low_x, low_weight = x.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, extra))

@@ -79,7 +79,8 @@ class Machine:
             raise UserError("the ranks differ in settings or data; start all with one command")
 
     def from_rank_0(self, function):
-        """What function() returns on rank 0, on every rank; so too a UserError or OSError."""
+        """Call function() on rank 0 alone. Every rank returns its result, or raises its UserError
+        or OSError."""
         result = [None]
         if self.rank == 0:
             try:

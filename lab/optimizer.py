@@ -6,7 +6,8 @@ import torch
 
 
 def warmup_of(config, total_steps):
-    """Steps of warm-up: as configured, but at most a tenth of the run's, or one of two or more."""
+    """Steps of warm-up: as configured, but at most a tenth of the run's. A run of 2 to 19 steps has
+    at most one."""
     most = max(total_steps // 10, min(total_steps - 1, 1))
     return min(config.warmup_steps, most)
 

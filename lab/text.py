@@ -107,11 +107,11 @@ def read_text(path, documents, start=0, end=sys.maxsize):
 def read_rows(path, column):
     """Lists of the texts under a column of a file of rows; a null is None. Raises UserError."""
     is_json = suffix_of(path) in (".jsonl", ".ndjson")
-    for rows in read_json(path) if is_json else read_arrow(path, column):
+    for rows in read_json_rows(path) if is_json else read_arrow_rows(path, column):
         yield [text_at(row, column, path) for row in rows]
 
 
-def read_json(path):
+def read_json_rows(path):
     """Lists of dicts, the rows of a .jsonl file. Raises UserError."""
     number = 0
     for lines, _ in read_text(path, documents=False):
@@ -130,7 +130,7 @@ def read_json(path):
         yield rows
 
 
-def read_arrow(path, column):
+def read_arrow_rows(path, column):
     """Lists of dicts, the rows of a .parquet file, or of an .arrow file as datasets writes it: with
     the column asked for if there is one, else with all. Raises UserError."""
     import pyarrow.parquet
@@ -153,7 +153,7 @@ def read_arrow(path, column):
 
 def text_at(row, column, where):
     """The text of a row, a dict, under a column; None for a null. Raises UserError."""
-    fields = dict(fields_of(row))
+    fields = dict(leaves_of(row))
     text = fields.get(column, fields)
     if text is not None and not isinstance(text, str):
         names = ", ".join(name for name, value in fields.items() if isinstance(value, str))
@@ -163,11 +163,11 @@ def text_at(row, column, where):
     return text and text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def fields_of(row, above=""):
+def leaves_of(row, above=""):
     """(name, value) pairs of a row, a dict; a.b names the field b of an object a."""
     for name, value in row.items():
         if isinstance(value, dict):
-            yield from fields_of(value, f"{above}{name}.")
+            yield from leaves_of(value, f"{above}{name}.")
         else:
             yield above + name, value
 
@@ -224,7 +224,7 @@ def named_splits(where, paths):
     return found
 
 
-def choose(where, paths):
+def readable(where, paths):
     """The paths that are read of these: rows, or where there are none texts. Raises UserError."""
     kinds = {path: kind_of(path) for path in paths}
     for kind in ("rows", "text"):
@@ -239,7 +239,7 @@ def path_source(path, options):
     prepare.py's. Raises UserError, OSError."""
     paths = [*find_files(path, set())]
     splits = named_splits(path, paths) or {"train": paths}
-    chosen = {split: choose(f"the {split} split of {path}", splits[split]) for split in splits}
+    chosen = {split: readable(f"the {split} split of {path}", splits[split]) for split in splits}
     if count := len(paths) - sum(map(len, chosen.values())):
         read = next(iter(chosen.values()))[0]
         print(f"skipped {count:,} other files; files like {read} are read")

@@ -87,7 +87,7 @@ class Trainer:
         """What takes the steps: a CUDA graph; or, with a line where that fails on any rank, the
         eager step, for which DDP averages gradients over ranks."""
         say = self.machine.say
-        if self.compiled or self.graphed:
+        if self.compiled:
             say("the first step compiles, which takes up to a minute")
         if self.graphed:
             capture, why = Capture(self.machine.device), ""
@@ -171,8 +171,7 @@ class Trainer:
 
     def update(self, norm):
         """Update the weights, unless the gradient's norm is not finite."""
-        # the optimizers read it on the device, so that nobody waits for it; the scaler would look
-        # at infinities alone
+        # the optimizers read it on the device, so that nobody waits for it
         found_inf = (~norm.isfinite()).float()
         for optimizer in self.optimizers:
             optimizer.found_inf = found_inf

@@ -71,6 +71,8 @@ def test_no_config_and_no_such_config(tmp_path):
         ("block = 'modern'\nd_model = 24\nnum_heads = 8", "block"),
         ("learning_rate = 1e-4\nmin_learning_rate = 1e-3", "min_learning_rate"),
         ("split = 'test'", "eval_only"),
+        ("sample_prompts = (1984, 'x')", "sample_prompts"),
+        ("learning_rate = 0", "learning_rate"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, names):

@@ -13,7 +13,7 @@ import bench
 import sweep
 import train
 from config import Config, load_grid
-from docs.experiments import baseline, collect, datasets, draw, stream
+from docs.experiments import baseline, collect, datasets, draw
 from lab.data import Dataset, load_tokenizer
 from lab.notebook import SavedRun
 
@@ -64,14 +64,6 @@ def test_a_run_is_collected_and_drawn(both, monkeypatch):
 
     draw.draw_runs(["kept/exp3"], "runs.png")
     assert Path("runs.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_stream_is_low_where_autocast_is_on(tiny):
-    for commands in train, stream:
-        words = [tiny, "--dtype", "bfloat16", "--max_steps", "4", "--out_dir", commands.__name__]
-        assert commands.main(words if commands is train else ["train.py", *words]) == 0
-    plain, low = (metrics(folder)[-1]["train_loss"] for folder in ("train", stream.__name__))
-    assert plain != low == pytest.approx(plain, rel=4 * 2**-8)
 
 
 # stands for Python: writes down what it is asked to do, and has a sweep's runs end

@@ -13,8 +13,6 @@ from lab.console import UserError
 from lab.data import Dataset
 from lab.evaluate import evaluate
 from lab.machine import Machine, check_compile_cache, choose_device, choose_dtype, ranks_of
-from lab.trainer import micro_batch_size
-from model import LanguageModel
 
 ALONE = ranks_of({})
 
@@ -77,13 +75,3 @@ def test_a_compile_cache_that_cannot_be_had_is_gone_without(in_tmp, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(in_tmp / "file/cache"))
     check_compile_cache()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-
-
-# --- memory
-
-
-@pytest.mark.parametrize("batch_size, context, rows", [(5, 256, 3), (8, 2048, 1)])
-def test_a_forward_pass_on_a_cpu_takes_1024_tokens_at_most(batch_size, context, rows):
-    config = Config(batch_size=batch_size, max_seq_len=context)
-    model = LanguageModel(100, context, 16, 2, 64, 2)
-    assert micro_batch_size(config, model, CPU) == rows

@@ -7,7 +7,6 @@ import pytest
 import report
 import train
 from config import Config
-from lab.console import UserError
 from lab.notebook import INVITES, write_entry
 
 MINE = (
@@ -163,9 +162,3 @@ def test_a_notebook_of_some_runs_leaves_the_whole_one_alone(run):
     some = Path("out/two/notebook.md").read_text()
     assert "](c/curve.png)" in some and "](report.png)" in some and "(a)" not in some
     assert Path("out/notebook.md").read_text() == before
-
-
-def test_what_cannot_be_written_is_one_line(run):
-    Path("out/notebook.md").mkdir()
-    with pytest.raises(UserError, match="out/notebook.md"):
-        whole()

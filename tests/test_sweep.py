@@ -65,7 +65,8 @@ def test_the_grid_is_every_combination_in_a_folder_of_its_own(tiny):
     assert {"--compile=None", "--expected_ppl=(35, 42)"} < set(next(iter(jobs.values())))
     assert len(plan("--seed", "1,0,1", "--learning_rate", "0.004,1e-2")[1]) == 4
     assert f"{TOP}/data_dir=.%2Fdata,seed=0" in plan("--data_dir", "data,./data")[1]
-    names, _ = plan("--question", f"{'?' * 300}a,{'?' * 300}b")
+    assert len(plan("--seed", "0,1", "--question", "Well, which?")[1]) == 2
+    names, _ = plan("--data_dir", f"{'./' * 150}data,{'./' * 151}data")
     assert len(names) == 2 and max(map(len, names)) <= 255
     # all runs have the dtype that the first was given
     TOP.mkdir(parents=True)

@@ -16,7 +16,7 @@ import sample
 import train
 from lab.console import UserError
 from lab.data import Dataset
-from lab.encode import ranks_of
+from lab.encode import token_ranks
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # its pattern
 TEXTS = [
@@ -63,7 +63,7 @@ def own(tmp_path_factory):
 
 def test_the_ids_are_those_of_a_slow_bpe_and_decode_to_the_text(own):
     dataset = Dataset("own", own / "data")
-    ranks, encoding = ranks_of(dataset.tokenizer_text), dataset.encoding()
+    ranks, encoding = token_ranks(dataset.tokenizer_text), dataset.encoding()
     assert dataset.vocab_size == 400 == len(ranks) + 1 == encoding.n_vocab
     for text in [*TEXTS, *map(noise, range(100, 130)), bytes(range(256)).decode("latin1")]:
         ids = encoding.encode_ordinary(text)
@@ -80,7 +80,7 @@ def test_a_long_training_split_is_learned_from_in_evenly_spread_parts(tmp_path, 
     rows = ["ab " * 20] * 100 + ["cd " * 20] * 100 + ["ef " * 20] * 100
     write(tmp_path, {"a/train.txt": "\n".join(rows), "a/val.txt": "xy " * 1000})
     dataset = prepare.prepare("own", tmp_path / "a", vocab_size=300, data_dir=tmp_path / "data")
-    tokens = ranks_of(dataset.tokenizer_text)
+    tokens = token_ranks(dataset.tokenizer_text)
     assert all(word in tokens for word in (b" ab", b" cd", b" ef")) and b" xy" not in tokens
 
 
@@ -97,7 +97,7 @@ def test_a_vocabulary_has_no_end_of_text_where_the_separator_does_not_ask_for_it
     for separator in "newline", "none":
         more = dict(vocab_size=270, data_dir=tmp_path / "data")
         dataset = prepare.prepare(separator, tmp_path / "a", separator, **more)
-        assert dataset.vocab_size == len(ranks_of(dataset.tokenizer_text))
+        assert dataset.vocab_size == len(token_ranks(dataset.tokenizer_text))
         assert dataset.split("train").tokens.max() < dataset.vocab_size
 
 
