@@ -24,7 +24,7 @@ from lab.settings import setting
 from lab.trainer import Trainer
 from lab.weights import new_model, settle
 
-WARM_UP = 3  # steps that are not counted: compilation, allocations, caches
+UNCOUNTED = 3  # steps that are not counted: compilation, allocations, caches
 
 
 @dataclass
@@ -39,8 +39,8 @@ def main(argv=None):
     machine = open_machine(config)
     config, _ = settle(config, machine)
     trainer = new_trainer(config, machine)
-    first, *_ = [seconds(machine, trainer.step, i) for i in range(WARM_UP)]
-    steps = range(WARM_UP, WARM_UP + config.steps)
+    first, *_ = [seconds(machine, trainer.step, i) for i in range(UNCOUNTED)]
+    steps = range(UNCOUNTED, UNCOUNTED + config.steps)
     times = [seconds(machine, trainer.step, i) for i in steps]
     memory = machine.gather(peak_bytes(machine.device))  # before the peak's own matrices
     peak = matmul_peak(machine)
@@ -50,7 +50,7 @@ def main(argv=None):
     median, model = statistics.median(speeds), trainer.model
     flops, parameters = model.flops_per_token(), model.count()["total"]
     how = "compiled" if trainer.compiled else "not compiled"
-    how += ", one CUDA graph per step" if trainer.graphed else ""
+    how += ", as a CUDA graph" if trainer.graphed and machine.device.type == "cuda" else ""
     machine.say(
         f"config       {config.name} on {machine}, {how}, {parameters:,} parameters\n"
         f"tokens/s     median {median:,.0f}, minimum {min(speeds):,.0f}, maximum "

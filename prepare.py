@@ -44,7 +44,7 @@ SEPARATORS = {"demo": "newline"} | dict.fromkeys(HUB_CONFIGS, "none")  # of all 
 class Options:
     """How a data set is prepared."""
 
-    source: str = setting("", "a folder or file of text, .jsonl or .parquet (.gz too)", path=True)
+    source: str = setting("", "a folder or file of text, .jsonl (.gz too) or .parquet", path=True)
     hub: str = setting("", "OWNER/DATASET of the Hugging Face hub, encoded while it is downloaded")
     config: str = setting("", "--hub: its configuration")
     column: str = setting("text", "of .jsonl, .parquet and the hub")
@@ -190,9 +190,8 @@ def prepare(name, source="", separator="", data_dir="data", vocab_size=0, **more
     """Write a data set's token files and meta.json into data_dir/name, whole or not at all. The
     arguments are the settings of Options. Returns the Dataset. Raises UserError."""
     if name in ("", ".", "..") or "/" in name:
-        raise UserError(
-            f"{name!r} names no data set, as {', '.join(SEPARATORS)} or a plain word do"
-        )
+        there = ", ".join(SEPARATORS)
+        raise UserError(f"name a data set, not {name!r}: {there}, or a word with --source PATH")
     text, size = vocabulary_of(name)
     separator = separator or SEPARATORS.get(text, "endoftext")
     vocab_size = vocab_size or size

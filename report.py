@@ -56,10 +56,7 @@ def row_of(run):
     """A SavedRun as a dict: itself, its settings, and the figures of its best evaluation, if it has
     one. A sweep's runs have the sweep's name."""
     metadata, best, c = run.metadata, run.best, run.metadata["config"]
-    # of a sweep's run as the sweep asked for it, though it was trained further by hand
-    asked = run.sweep.get("runs", {}).get(run.name, {})
-    length = {k: value for k, value in run.sweep.get("config", {}).items() if k in LENGTH}
-    settings = {name: c.get(name) for name in SETTINGS} | length | asked
+    settings = {name: c.get(name) for name in SETTINGS}
     row = dict(
         saved=run,
         run=os.path.basename(run.top) if run.sweep else run.name,
@@ -67,7 +64,7 @@ def row_of(run):
         parameters=metadata["parameters"]["total"],
         recorded_ppl=c["recorded_ppl"] or None,
         hours=run.last["elapsed_s"] / 3600,
-        tokens_per_s=run.speed,
+        tokens_per_s=run.speed and round(run.speed),
     )
     if best:
         row |= {name: best[name] for name in FIGURES if name in best}
@@ -86,7 +83,7 @@ def is_same_text(one, two):
     return all(one["splits"]["val"][name] == two["splits"]["val"][name] for name in names)
 
 
-def texts_of(runs):
+def by_text(runs):
     """The SavedRuns of each validation text, a list of lists: those of two do not compare."""
     texts = []
     for saved in runs:
@@ -147,7 +144,7 @@ def with_error(value, error, sign=""):
     return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
-def figures_of(group, measure):
+def by_seed(group, measure):
     """{seed: figure} of a group, a list of rows."""
     return {row["settings"]["seed"]: row[measure] for row in group}
 
@@ -189,10 +186,10 @@ def table_of(groups, measure):
             values = [row[name] for row in group if row.get(name) is not None]
             cells[name] = statistics.mean(values) if values else None
         if group[0]["saved"].counts:
-            by_seed, best = (figures_of(one, measure) for one in (group, groups[0]))
-            cells["seed"] = ", ".join(map(str, by_seed))
-            cells[measure] = with_error(*mean_of(by_seed))
-            cells["to the best"] = "best" if group is groups[0] else difference(by_seed, best)
+            own, best = by_seed(group, measure), by_seed(groups[0], measure)
+            cells["seed"] = ", ".join(map(str, own))
+            cells[measure] = with_error(*mean_of(own))
+            cells["to the best"] = "best" if group is groups[0] else difference(own, best)
         lines.append([notebook.show(cells.get(name)) for name in columns])
     return notebook.table(columns, lines)
 
@@ -223,7 +220,7 @@ def draw_sweep(groups, vary, measure):
     for group in groups:
         settings = group[0]["settings"]
         label = "\n".join(f"{name} {settings[name]}" for name in vary if name != "seed")
-        mean, deviation = mean_of(figures_of(group, measure))
+        mean, deviation = mean_of(by_seed(group, measure))
         axes.errorbar(mean, label, xerr=deviation, fmt="o", color="C0", capsize=3)
     axes.invert_yaxis()
     axes.set_xlabel(f"validation {UNITS[measure]}")
@@ -235,7 +232,7 @@ def write_sweep(folder):
     began, its entry as Markdown). Raises OSError."""
     notebook.invite(folder)
     sweep, runs = read_json(f"{folder}/sweep.json"), runs_in([folder])
-    texts, name = texts_of(runs), os.path.basename(os.path.abspath(folder))
+    texts, name = by_text(runs), os.path.basename(os.path.abspath(folder))
     began = min(saved.metadata["began"] for saved in runs)
     pages = [f"- [{r.name}]({quote(r.name)}/notebook.md): {r.state}" for r in runs]
     paragraphs = [
@@ -288,7 +285,7 @@ def main(argv=None):
         first = command("train.py", ROOT / "config/demo.py")
         where = " ".join(missing or tops)
         raise UserError(f"there is no run to show in {where}; train one first: `{first}`")
-    texts = texts_of(runs)
+    texts = by_text(runs)
     text = markdown(texts)
     print(text)
 

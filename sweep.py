@@ -46,7 +46,7 @@ def jobs_of(argv):
     """(the sweep's folder, its first run's Options, what sweep.json is to hold, {a run's folder:
     its words for train.py}) of a command line. Raises UserError."""
     fields = fields_of(Config).items()
-    whole = (*OWN, "question")  # whose commas separate nothing; so too those of tuples
+    whole = (*OWN, "question")  # a comma in these is part of the value, as in tuples
     names = [name for name, f in fields if name not in whole and tuple not in types_of(f)]
     configs = load_grid(argv, "sweep.py", Options, names)
     first, ((path, *_), given) = configs[0], split_words(Options, argv)
@@ -63,7 +63,7 @@ def jobs_of(argv):
     machine = Machine(device, torch.float32)
     dtype = old.get("config", {}).get("dtype", "auto")
     told = [name for name in given if name not in (*OWN, "dtype")] + ["dtype", "out_dir"]
-    jobs, runs, steps = {}, {}, {}
+    jobs, runs, steps = {}, {}, 0
     for config in configs:
         settings = {name: getattr(config, name) for name in vary}
         name = folder_name(settings)
@@ -75,7 +75,7 @@ def jobs_of(argv):
             config = config.changed(dtype=settled.dtype)
         dtype = config.dtype
         train = open_dataset(config.dataset, config.data_dir).split("train")
-        _, steps[name] = batches_of(settled, train)
+        steps += batches_of(settled, train)[1]
         jobs[config.out_dir] = [path, *(f"--{n}={getattr(config, n)}" for n in told), "--resume"]
     sweep = dict(
         command=command("sweep.py", *argv),
@@ -96,8 +96,8 @@ def folder_name(settings):
 
 
 def claim(top, sweep):
-    """Write sweep.json: the command, what varies, each run's values of that and its steps, and the
-    other settings. Raises UserError, OSError."""
+    """Write sweep.json: the command, what varies, each run's values of that, the steps of all, and
+    the other settings. Raises UserError, OSError."""
     os.makedirs(top, exist_ok=True)
     old = read_json(f"{top}/sweep.json")
     fixed = [name for name in (*report.SETTINGS, "dtype") if name not in sweep["vary"]]
@@ -110,7 +110,7 @@ def claim(top, sweep):
             f"{top} holds another sweep, `{old['command']}`: {'; '.join(phrases)}; choose "
             "another --out_dir"
         )
-    sweep |= {name: old.get(name, {}) | sweep[name] for name in ("runs", "steps")}
+    sweep["runs"] = old.get("runs", {}) | sweep["runs"]
     write_text(f"{top}/sweep.json", json.dumps(sweep, indent=2) + "\n")
 
 
@@ -174,7 +174,7 @@ def start(folder, words, config, slot):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     top, config, sweep, jobs = jobs_of(argv)
-    steps = sum(sweep["steps"].values())
+    steps = sweep["steps"]
     plan = f"sweep   {len(jobs)} runs of {steps:,} steps in all, in {top}; {config.jobs} at a time"
     if config.dry_run:
         return print(plan)

@@ -246,7 +246,7 @@ class Run:
             if stopping or save_is_due:
                 self.save()
             counted = log_is_due or save_is_due
-            if counted and state.skipped_in_a_row >= trainer.patience:
+            if counted and state.skipped_in_a_row >= trainer.most_skipped:
                 return NOT_FINITE
             if stopping:
                 return ""
@@ -272,14 +272,14 @@ class Run:
             config=self.config.plain(),
         )
 
-    def figures_of(self, split):
+    def evaluate_split(self, split):
         """evaluate() on a split."""
         machine, micro = self.machine, self.trainer.micro
         return evaluate(self.trainer.model, self.dataset.split(split), machine, micro)
 
     def evaluate(self):
         """Evaluate, and write down what came of it. Returns the loss."""
-        whole = self.figures_of("val")
+        whole = self.evaluate_split("val")
         state, folder = self.state, self.folder
         kept = ("loss", "stderr", "ppl", "ppl_word", "bits_per_byte")
         figures = {f"val_{name}": whole[name] for name in kept}
@@ -325,7 +325,7 @@ class Run:
         best = self.machine.from_rank_0(lambda: load_checkpoint(self.folder.best))
         self.trainer.model.load_state_dict(best["model"])
         for split in [name for name in self.dataset.counts if name != "train"]:
-            final[split] = self.figures_of(split)
+            final[split] = self.evaluate_split(split)
             say(figures_text(split, final[split], self.dataset.separator))
         if sentence := verdict(self.config.plain(), state.best["val_ppl"]):
             say(sentence)

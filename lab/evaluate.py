@@ -39,16 +39,17 @@ def evaluate(model, split, machine, rows):
             bar.update(machine.world)
     model.train(was_training)
     sums = machine.reduce(*sums.tolist())
-    return figures_of(*sums, len(starts), split) | dict(context=context)
+    return figures_of(sums, len(starts), split) | dict(context=context)
 
 
-def figures_of(nats, n, squares, products, lengths, k, split):
+def figures_of(sums, k, split):
     """The figures of k windows: loss (nats per token; nan or inf if the model gives that), its
     standard error (over windows, whose tokens are not independent), perplexities (per word: of
-    prose alone), bits per byte, and counts. nats and n are the sums of their losses and tokens;
-    squares, products and lengths those of nats * nats, nats * n and n * n."""
+    prose alone), bits per byte, and counts. sums: over windows, of their nats, of their tokens n,
+    and of nats * nats, nats * n and n * n."""
+    nats, n, squares, products, lengths = sums
     loss = nats / n
-    is_prose = split.bytes < 8 * split.words  # a word has 6 in English, 7 in German, 9 in code
+    is_prose = split.bytes < 8 * split.words  # a word has 6 in English, 7 in German, 9 in most code
     # the sum of (nats - loss * tokens) ** 2 over windows, which rounding may make negative; max()
     # keeps a nan, since it stands first
     spread = max(squares - 2 * loss * products + loss * loss * lengths, 0.0)

@@ -122,7 +122,7 @@ def load_checkpoint(path):
             is_whole = archive.testzip() is None  # torch checks no checksums
         if is_whole:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torn or another program's: as many exceptions as ways to be so
+    except Exception as error:  # torn or another program's: torch raises many kinds
         if isinstance(error, OSError) or is_out_of_memory(error):
             raise
     if not isinstance(checkpoint, dict) or "model_args" not in checkpoint:
@@ -233,7 +233,7 @@ class Folder:
         write_text(path, json.dumps(metadata, indent=2) + "\n")
 
     def write(self, what, function, *args):
-        """Call function(*args) on rank 0; whether it went through, on rank 0 alone (else True)."""
+        """Call function(*args) on rank 0. Returns whether it succeeded; True on other ranks."""
         if self.machine.rank > 0:
             return True
         try:

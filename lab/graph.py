@@ -6,14 +6,14 @@ import torch
 
 from lab.console import first_line, warn
 
-WARM_UP = 3  # times that work is done before it is captured: compilation, allocations, libraries
+TRIALS = 3  # times that work is done before it is captured: compilation, allocations, libraries
 
 
 class Capture:
     """Captures functions as CUDA graphs, on one stream and in one pool of memory.
 
     A function that is captured takes no arguments, and reads and writes tensors that stay where
-    they are. On a CPU it stays what it is: there tests run what a graph would hold.
+    they are. On a CPU it is returned as it is, so that tests can run what a graph would hold.
     """
 
     def __init__(self, device):
@@ -29,7 +29,7 @@ class Capture:
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UP):
+            for _ in range(TRIALS):
                 function()
         torch.cuda.current_stream().wait_stream(self.stream)
 

@@ -132,7 +132,7 @@ def choose_dtype(config, machine):
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    # emulated it is slower, and a CPU that has the instruction may still be slower with it
+    # emulated bfloat16 is slower than float32, and even a CPU's own may be
     if kind != "cpu" or not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     # so time a part of the head's matmul, which is most of a small model's work

@@ -49,14 +49,14 @@ def facts(metadata):
     train, val = (data["splits"][split] for split in ("train", "val"))
     N, D, flops = n["total"], train["tokens"], m["flops_per_token"]
     planned = m["steps"] * m["step_tokens"]
-    rows = m["vocab_size"] * c["d_model"] + n["head_bias"]  # the vocabulary's
+    vocabulary = m["vocab_size"] * c["d_model"] + n["head_bias"]
     return {
         "parameters": f"{N:,} (embeddings {n['embeddings']:,}, head bias {n['head_bias']:,}, "
         f"blocks {n['blocks']:,})",
         "data": f"{c['dataset']}, from {data['source']}, separator {data['separator']}: {D:,} "
         f"training tokens, {val['tokens']:,} of validation",
         "vocabulary": f"{m['vocab_size']:,} tokens ({data['tokenizer']}) of "
-        f"{train['bytes'] / D:.2f} bytes, {rows / N:.0%} of the parameters",
+        f"{train['bytes'] / D:.2f} bytes, {vocabulary / N:.0%} of the parameters",
         "ratio": f"{D / N:.2f} tokens per parameter in one epoch, {planned / N:.2f} in the run; "
         f"{20 * N / D:,.2f} times the Chinchilla-optimal size for one epoch",
         "steps": f"{m['steps']:,} of {c['batch_size']} x {c['max_seq_len']} = "
@@ -102,23 +102,10 @@ class SavedRun:
         speeds = [line["tokens_per_s"] for line in self.training]
         self.speed = statistics.median(speeds) if speeds else None  # tokens per second
 
-        # a sweep's run that was trained further by hand counts as it was at the sweep's length
-        planned, done = self.metadata.get("steps", 0), self.last["step"]
-        asked = self.sweep.get("steps", {}).get(self.name, planned)
-        self.best = best_of([line for line in self.evaluations if line["step"] <= asked])
-        if done > asked:
-            self.state = f"has {done:,} steps, {asked:,} were asked for"
-            self.counts = any(line["step"] == asked for line in self.evaluations)
-        else:
-            # one that ended before its own plan did so by patience or max_hours
-            self.counts = bool(self.final) and (done == asked or done < planned)
-            far = f"not finished, step {done:,}, {self.last.get('skipped', 0)} skipped"
-            self.state = "finished" if self.counts else far
-
-
-def best_of(evaluations):
-    """The best of some lines of metrics.jsonl, None without one."""
-    return min(evaluations, key=lambda line: line["val_loss"], default=None)
+        self.best = min(self.evaluations, key=lambda line: line["val_loss"], default=None)
+        self.counts = bool(self.final)
+        far = f"not finished, step {self.last['step']:,}, {self.last.get('skipped', 0)} skipped"
+        self.state = "finished" if self.counts else far
 
 
 # --- the entry
@@ -209,7 +196,7 @@ def given_part(metadata, c):
 
 def results_part(run, c):
     """The entry's paragraphs on what came of it."""
-    best, last, rows = best_of(run.evaluations), run.last, []
+    best, last, rows = run.best, run.last, []
     for line in run.evaluations:
         losses = [f"{line[key] or math.nan:.4f}" for key in ("train_loss", "val_loss")]
         perplexity = show(line["val_ppl"])

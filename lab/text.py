@@ -26,7 +26,7 @@ CUT = re.compile(rf"(?s).*[^\s\ufeff](?={WHITE}+\S)")
 SPLIT_WORD = re.compile(
     r"(?<![a-z])(training|train|validation|valid|val|dev|testing|test)(set)?(?![a-z])"
 )
-# hidden, or a program's, or a token file, or what datasets made of a text that lies there too
+# hidden files, a program's, token files, and what datasets made of a text that lies there too
 NO_SOURCE = re.compile(r"\..*|__pycache__|requirements.*\.txt|.*\.(bin|tiktoken)|cache-.*\.arrow")
 ROWS = (".jsonl", ".ndjson", ".parquet", ".arrow")
 # below the top of a folder only these have splits' names: test/ is often code

@@ -58,9 +58,9 @@ class Trainer:
         self.optimizers = make_optimizers(config, model)
         half = machine.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
-        # steps in a row that may be skipped: a scaler begins far too high, and halves at each
-        self.patience = 20 if half else 5
-        # the bits of uint16, with which torch can do little; on a GPU that holds ten times as much
+        # skipped steps in a row that end a run; a scaler begins far too high, and halves at each
+        self.most_skipped = 20 if half else 5
+        # uint16 seen as int16, which torch can index; on a GPU if a tenth of its memory holds it
         self.tokens = torch.from_numpy(batches.tokens.view(np.int16))
         if machine.device.type == "cuda" and self.tokens.nbytes <= machine.memory() / 10:
             self.tokens = self.tokens.to(machine.device)

@@ -9,9 +9,6 @@ from lab.gpt2 import open_weights
 from lab.machine import choose_dtype
 from model import LanguageModel
 
-# what weights bring along of a config; vocab_size is the data set's, dropout the run's own
-SHAPE = "max_seq_len", "d_model", "num_heads", "d_ff", "num_layers", "block", "head_bias"
-
 
 def settle(config, machine, dataset=None):
     """(the Config with the shape and the compute dtype that a run will have, the weights of
@@ -54,7 +51,8 @@ def check_vocabulary(checkpoint, dataset, where):
 def with_shape_of(config, theirs):
     """The Config with the shape of init_from's weights, which is among `theirs`, a dict. Raises
     UserError where the user has named another; for another context see with_context()."""
-    shape = {k: theirs[k] for k in SHAPE if k in theirs}
+    own = "vocab_size", "dropout"  # the data set's, and the run's
+    shape = {k: theirs[k] for k in config.model_args(0) if k in theirs and k not in own}
     named = [k for k in shape if k in config.named]
     differ = [k for k in named if shape[k] != getattr(config, k) and k != "max_seq_len"]
     if differ:

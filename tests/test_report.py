@@ -116,7 +116,7 @@ def test_each_validation_text_has_a_table_of_its_own(in_tmp, capsys):
     assert "| seed |" in second and "learning_rate" not in second
     # two tokenizers: by bits per byte, which is said and drawn
     assert "bits per byte" in first and "bits per byte" not in second
-    texts = report.texts_of(report.runs_in(["out"]))
+    texts = report.by_text(report.runs_in(["out"]))
     sizes, *curves = report.draw(texts).axes
     assert [ax.get_ylabel() for ax in curves] == list(UNITS.values())[::-1]
     assert sizes.get_lines()[0].get_ydata() == [1.5]

@@ -15,7 +15,6 @@ from test_notebook import leave
 import report
 import sweep
 from lab.console import UserError
-from lab.notebook import SavedRun
 
 SHORT = ["tiny.py", "--max_steps", "6"]
 SLEEP = time.sleep
@@ -23,9 +22,9 @@ TOP = Path("out/tiny-sweep")
 
 
 def plan(*words):
-    """(the steps, {a run's folder: its words}) of a sweep's command."""
+    """(what sweep.json is to hold, {a run's folder: its words}) of a sweep's command."""
     _, _, about, jobs = sweep.jobs_of([*SHORT, *words])
-    return about["steps"], jobs
+    return about, jobs
 
 
 def leave_sweep(figures, vary=("learning_rate", "seed"), top="s"):
@@ -39,8 +38,7 @@ def leave_sweep(figures, vary=("learning_rate", "seed"), top="s"):
         about["config"] |= runs[name]
         (path / "run.json").write_text(json.dumps(about))
         (path / "final.json").write_text('{"val": {}}')
-    about = dict(command="sweep it", vary=vary, runs=runs, steps=dict.fromkeys(runs, 9))
-    about["config"] = dict(max_steps=0)
+    about = dict(command="sweep it", vary=vary, runs=runs, config={})
     Path("out", top, "sweep.json").write_text(json.dumps(about))
 
 
@@ -56,17 +54,18 @@ def rows(capsys, *words):
 
 def test_the_grid_is_every_combination_in_a_folder_of_its_own(tiny):
     words = "--learning_rate 1e-2,4e-3 --block=gpt2,modern --compile none,false --seed 0,1"
-    steps, jobs = plan(*words.split(), "--expected_ppl", "35,42")
-    assert len(jobs) == 16 and set(steps.values()) == {6}
+    about, jobs = plan(*words.split(), "--expected_ppl", "35,42")
+    names = list(about["runs"])
+    assert len(jobs) == 16 and about["steps"] == 16 * 6
     # the last word's values stand next to each other; names follow the settings' own order
     common = "block=gpt2,learning_rate=0.01,compile=None,seed="
-    assert list(steps)[:2] == [f"{common}0", f"{common}1"]
-    assert list(map(os.path.basename, jobs)) == list(steps)
+    assert names[:2] == [f"{common}0", f"{common}1"]
+    assert list(map(os.path.basename, jobs)) == names
     assert {"--compile=None", "--expected_ppl=(35, 42)"} < set(next(iter(jobs.values())))
     assert len(plan("--seed", "1,0,1", "--learning_rate", "0.004,1e-2")[1]) == 4
     assert f"{TOP}/data_dir=.%2Fdata,seed=0" in plan("--data_dir", "data,./data")[1]
     assert len(plan("--seed", "0,1", "--question", "Well, which?")[1]) == 2
-    names, _ = plan("--data_dir", f"{'./' * 150}data,{'./' * 151}data")
+    names = plan("--data_dir", f"{'./' * 150}data,{'./' * 151}data")[0]["runs"]
     assert len(names) == 2 and max(map(len, names)) <= 255
     # all runs have the dtype that the first was given
     TOP.mkdir(parents=True)
@@ -101,7 +100,7 @@ def test_another_sweep_s_folder_is_refused_and_a_larger_grid_is_not(tiny):
         sweep.main([*SHORT, "--print", *more.split()])
     about = json.loads((TOP / "sweep.json").read_text())
     runs = [(0.01, 0), (0.02, 0), (0.04, 0), (0.02, 1)]
-    assert list(about["steps"]) == [f"learning_rate={rate},seed={seed}" for rate, seed in runs]
+    assert list(about["runs"]) == [f"learning_rate={rate},seed={seed}" for rate, seed in runs]
     assert about["runs"]["learning_rate=0.02,seed=1"] == dict(learning_rate=0.02, seed=1)
 
 
@@ -118,9 +117,6 @@ def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand(in_tmp,
             for seed, loss in enumerate(all_seeds)
         }
     )
-    # one that was trained further by hand
-    about = Path("out/s/0.01,1/run.json")
-    about.write_text(about.read_text().replace('"max_steps": 0', '"max_steps": 12'))
     best, second, third = (row[2:7] for row in rows(capsys, "out/s"))
     assert best[1:] == ["0, 1, 2", "0.01", "4.3333 ± 0.2887", "best"]
     # 4.25 4.5 4.75: mean 4.5, squares 0.0625 + 0 + 0.0625 over 2.
@@ -146,24 +142,6 @@ def test_two_vocabularies_compare_by_bits_per_byte(in_tmp, capsys):
     first, *_ = rows(capsys, "out/t")
     assert first[4] == "9" and first[6:8] == ["6.0000", "best"]
     assert "bits per byte" in Path("out/t/notebook.md").read_text()
-
-
-def test_a_run_counts_by_the_steps_that_it_took(in_tmp):
-    """As many as the sweep asks for, fewer, fewer by its patience, and more by hand."""
-    leave_sweep({(0.01, 0): {}})
-    path, about = Path("out/s/0.01,0"), Path("out/s/sweep.json")
-    assert SavedRun(path).state == "finished"
-    about.write_text(about.read_text().replace("9}", "12}"))
-    shorter = SavedRun(path)
-    assert shorter.state != "finished" and not shorter.counts
-    metadata = (path / "run.json").read_text().replace('"steps": 9', '"steps": 12')
-    (path / "run.json").write_text(metadata)
-    assert SavedRun(path).state == "finished"
-    with open(path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 12, "val_loss": 1.0}\n')
-    about.write_text(about.read_text().replace("12}", "9}"))
-    longer = SavedRun(path)
-    assert "12" in longer.state and longer.counts and longer.best["step"] == 9
 
 
 def test_a_sweep_is_one_entry_of_the_notebook(in_tmp, capsys):

@@ -61,24 +61,24 @@ def compare(config, machine):
     steps = {} if config.peer_only else {"ours": trainer.step}
     steps["nanoGPT"] = baseline_step(config, machine, trainer)
     times = {name: [] for name in steps}
-    for i in range(bench.WARM_UP + config.steps):
+    for i in range(bench.UNCOUNTED + config.steps):
         for name, step in steps.items():
             times[name].append(bench.seconds(machine, step, i))
 
     # what came of it
     for name, step in steps.items():
-        timed = times[name][bench.WARM_UP :]
+        timed = times[name][bench.UNCOUNTED :]
         speeds = [trainer.batches.step_tokens / t for t in timed]
         print(
             f"{name:11}  median {statistics.median(speeds):,.0f} tokens/s, minimum "
             f"{min(speeds):,.0f}, maximum {max(speeds):,.0f}; first step {times[name][0]:.1f} s"
         )
         if machine.device.type == "cuda":
-            tell_device(machine, name, step, bench.WARM_UP + config.steps)
+            tell_device(machine, name, step, bench.UNCOUNTED + config.steps)
     print(f"peak memory  {bench.peak_bytes(machine.device) / 1e9:.2f} GB of {' and '.join(steps)}")
     if not config.peer_only:
         pairs = zip(times["nanoGPT"], times["ours"], strict=True)
-        ratios = [theirs / ours for theirs, ours in pairs][bench.WARM_UP :]
+        ratios = [theirs / ours for theirs, ours in pairs][bench.UNCOUNTED :]
         print(
             f"ratio        ours is {statistics.median(ratios):.2f} times as fast "
             f"({min(ratios):.2f} to {max(ratios):.2f})"

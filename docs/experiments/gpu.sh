@@ -43,10 +43,10 @@ case ${1:-} in
 esac
 shift
 
-steps=40 tokens=500 jobs=3
+steps=40 tokens=500
 extra=("$@")
 if [[ -n ${TOY:-} ]]; then
-    steps=2 tokens=20 jobs=1
+    steps=2 tokens=20
     extra=(--device cpu --dtype float32 --batch_size 4 --max_seq_len 32 --d_model 16 --num_heads 2
         --d_ff 64 --num_layers 2 --max_steps 6 "$@")
 fi
@@ -83,7 +83,7 @@ once() { # NAME COMMAND ...: unless it is done; its output is out/gpu/NAME.txt
 }
 
 # torch chooses some kernels by timing them, and its cache keeps the choice: a compilation must have
-# the GPU to itself. Afterwards the runs of a sweep may share it: one starts while others train.
+# the GPU to itself.
 compile() { # CONFIG: not in out/gpu, since torch's cache stays behind on this machine, too
     [[ ! -e out/compile/$1/final.json ]] || return 0
     timed "$PYTHON" train.py "config/$1.py" --dataset choose --dtype bfloat16 --dropout 0 \
@@ -96,7 +96,7 @@ sweep() { # NAME CONFIG --setting value,value ...
     [[ -e out/gpu/$name.txt ]] || compile "$config"
     once "$name" "$PYTHON" sweep.py "config/$config.py" --dataset choose --dtype bfloat16 \
         --dropout 0 --max_steps 1000 --log_interval 50 \
-        --sample_prompts "()" --out_dir "out/gpu/$name" --jobs "$jobs" "$@" "${extra[@]}" && return
+        --sample_prompts "()" --out_dir "out/gpu/$name" "$@" "${extra[@]}" && return
     [[ ! -d out/gpu/$name ]] || "$PYTHON" report.py "out/gpu/$name" # what there is
     return 1
 }
@@ -130,7 +130,6 @@ check() {
 speed() {
     local config dropout words
     for config in exp5 exp3 exp6 exp7 exp1 exp6_small exp7_small; do
-        [[ -e config/$config.py ]] || continue
         for dropout in 0 0.1; do
             [[ $config-$dropout != exp[67]*-0.1 ]] || continue # nanoGPT has no such block
             words=(bench.py "config/$config.py")
@@ -172,12 +171,17 @@ long() {
     train exp1-300 exp1 --dataset wikipedia-2 --epochs 300
     train exp2-10 exp2 --epochs 10
     train exp4-9 exp4 --epochs 9
-    sweep long/decay exp6_small --weight_decay 0.03,0.1,0.3 --max_steps 0 --epochs 10 --jobs 1 &&
+    sweep long/decay exp6_small --weight_decay 0.03,0.1,0.3 --max_steps 0 --epochs 10 &&
         train exp6-15 exp6 --epochs 15 "--$(best out/gpu/long/decay/*/)"
     train exp6-5 exp6 --epochs 5
 }
 
 collect() {
+    if [[ ! -d out/gpu ]]; then
+        echo "nothing is measured yet; run another part first" >&2
+        missing=1
+        return
+    fi
     tar -czf out/gpu.tar.gz --exclude="*.pt" --exclude="*.pt.*" -C out gpu
     du -h out/gpu.tar.gz
 }

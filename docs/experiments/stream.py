@@ -3,8 +3,8 @@
     python docs/experiments/stream.py train.py config/exp5.py [--setting value ...]
     python docs/experiments/stream.py bench.py config/exp5.py [--setting value ...]
 
-Block modern's stream is so already. This shows what it would give experiments 1 to 5; it lands if a
-whole epoch's loss stays within 0.005 nats.
+Block modern has it already. This shows what it would give experiments 1 to 5, which get it if the
+loss of a whole epoch moves by less than 0.005 nats.
 """
 
 import sys
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import bench
 import train
-from lab.console import run
+from lab.console import UserError, run
 from model import LanguageModel
 
 COMMANDS = {"bench.py": bench, "train.py": train}
@@ -35,7 +35,9 @@ class LowStream(torch.nn.Module):
 
 
 def main(argv=None):
-    script, *words = sys.argv[1:] if argv is None else argv
+    script, *words = (sys.argv[1:] if argv is None else argv) or [""]
+    if script not in COMMANDS:
+        raise UserError(f"name one of {', '.join(COMMANDS)}, not {script!r}")
     initialise = LanguageModel.__init__
 
     def with_low_stream(self, *args, **kwargs):
