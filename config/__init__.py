@@ -128,6 +128,8 @@ class Config:
         c = self
         parts = c.num_heads * (2 if c.block == "modern" else 1)  # modern turns pairs of a head
         texts = all(isinstance(prompt, str) for prompt in c.sample_prompts or ())
+        expected = [ppl for ppl in c.expected_ppl if isinstance(ppl, (int, float))]
+        is_range = len(expected) == len(c.expected_ppl) in (0, 2) and expected == sorted(expected)
         rules = [
             (
                 c.d_model % parts and not c.init_from,  # or else other weights give the shape
@@ -135,7 +137,7 @@ class Config:
             ),
             (c.unigram_bias and not c.head_bias, "unigram_bias needs head_bias True"),
             (c.min_learning_rate > c.learning_rate, "min_learning_rate is above learning_rate"),
-            (len(c.expected_ppl) not in (0, 2), f"expected_ppl {c.expected_ppl} is not low, high"),
+            (not is_range, f"expected_ppl {c.expected_ppl} is not low, high"),
             (not texts, f"sample_prompts {c.sample_prompts} are not all texts"),
             (c.split != "val" and not c.eval_only, "split needs --eval_only"),
         ]

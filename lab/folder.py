@@ -25,7 +25,10 @@ def write_whole(path, write, kept=None):
     """Call write(file) on a new binary file, bring it to the disk and rename it to `path`, so that
     path is whole at every moment. kept: the path that the old file is moved to first. Raises
     OSError, a full disk's for instance, and then leaves both as they were."""
-    part = f"{path}.part"
+    # Two processes may write one entry or picture. Only the run itself writes a checkpoint, where
+    # the next save takes the place of what a kill has left.
+    own = "" if str(path).endswith(".pt") else f".{os.getpid()}"
+    part = f"{path}{own}.part"
     try:
         with open(part, "wb") as file:
             write(file)
@@ -70,7 +73,7 @@ def read_lines(path):
     for line in read_bytes(path).splitlines():
         with contextlib.suppress(ValueError):
             values.append(json.loads(line))
-    return values
+    return [line for line in values if isinstance(line, dict)]
 
 
 def folders_with(file, tops):
@@ -190,6 +193,12 @@ class Folder:
                 f"{self.path} holds a run already; {same}begin another with --out_dir DIR"
             )
         checkpoint, path = newest_checkpoint(self.path)
+        weights = path or self.best
+        if os.path.exists(weights) and "state" not in (checkpoint or {}):
+            raise UserError(
+                f"{weights} holds weights alone, and no checkpoint to go on from is beside it; "
+                f"begin another run with --init_from {shlex.quote(weights)} --out_dir DIR"
+            )
         if checkpoint:
             changed = config.differences(checkpoint["config"])
             for split in hashes:
@@ -205,7 +214,7 @@ class Folder:
             self.machine.say(f"no checkpoint in {self.path} yet; beginning at step 0")
         if taken:
             self.keep_metrics(checkpoint["state"] if checkpoint else {})
-        return checkpoint, os.path.exists(self.final)
+        return checkpoint, bool(read_json(self.final))
 
     def keep_metrics(self, state):
         """Drop the lines of metrics.jsonl that a resumed run will write again, those past its

@@ -66,6 +66,8 @@ def test_no_config_and_no_such_config(tmp_path):
         ("dataset = FIELDS", "FIELDS"),  # not a name of the program's
         ("learning_rate = float('nan')", "learning_rate"),
         ("expected_ppl = (42,)", "expected_ppl"),
+        ("expected_ppl = (42, 35)", "expected_ppl"),
+        ("expected_ppl = ('a', 'b')", "expected_ppl"),
         ("device = 'cuda:first'", "device"),
         ("d_model = 16\nnum_heads = 7", "num_heads"),
         ("block = 'modern'\nd_model = 24\nnum_heads = 8", "block"),

@@ -53,6 +53,14 @@ def damage_both():
         Path(f"out/done/{name}.pt").write_bytes(b"torn")
 
 
+def leave_weights_alone():
+    os.remove("out/done/last.pt")
+
+
+def put_weights_in_its_place():
+    shutil.copy("out/done/best.pt", "out/done/last.pt")
+
+
 @pytest.mark.parametrize(
     "spoil, named",
     [
@@ -60,13 +68,17 @@ def damage_both():
         (lambda: Path("data/tiny/meta.json").write_text("{}"), "meta.json"),
         (prepare_anew, "SHA-256"),
         (damage_both, "prev.pt"),
+        (leave_weights_alone, "out/done/best.pt"),
+        (put_weights_in_its_place, "out/done/last.pt"),
     ],
 )
 def test_what_was_spoiled_is_one_line(done, spoil, named):
+    best = Path("out/done/best.pt").read_bytes()
     spoil()
     with pytest.raises(UserError) as caught:
         train.main([done, *"--out_dir out/done --resume --max_steps 9".split()])
     assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert Path("out/done/best.pt").read_bytes() == best
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tiny):

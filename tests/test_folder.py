@@ -11,7 +11,30 @@ import torch
 from helpers import same
 
 from lab.console import UserError
-from lab.folder import load_checkpoint, newest_checkpoint, save_checkpoint
+from lab.folder import (
+    load_checkpoint,
+    newest_checkpoint,
+    read_lines,
+    save_checkpoint,
+    write_text,
+    write_whole,
+)
+
+
+def test_two_processes_that_write_one_file_do_not_meet(in_tmp, monkeypatch):
+    def write(file):
+        file.write(b"one")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            write_text("page", "two")
+
+    write_whole("page", write)
+    assert Path("page").read_bytes() == b"one" and os.listdir() == ["page"]
+
+
+def test_what_is_no_line_of_the_log_is_left_out(in_tmp):
+    write_text("lines", '{"step": 1}\n5\n[]\n{"step": 2}\n{"st')
+    assert [line["step"] for line in read_lines("lines")] == [1, 2]
 
 
 def test_every_flipped_bit_is_found_or_harmless(done):
