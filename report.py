@@ -282,9 +282,9 @@ def main(argv=None):
     runs = runs_in(tops)
     missing = [top for top in tops if not os.path.exists(top)]
     if missing or not runs:
-        first = command("train.py", ROOT / "config/demo.py")
-        where = " ".join(missing or tops)
-        raise UserError(f"there is no run to show in {where}; train one first: `{first}`")
+        first = f"train one first: `{command('train.py', ROOT / 'config/demo.py')}`"
+        where, fix = " ".join(missing or tops), "name the folders of runs" if words else first
+        raise UserError(f"there is no run to show in {where}; {fix}")
     texts = by_text(runs)
     text = markdown(texts)
     print(text)

@@ -135,11 +135,13 @@ def main(argv=None):
     encoding, size = load_tokenizer(checkpoint.get("tokenizer_text")), model.args["vocab_size"]
     print(f"{path}: step {checkpoint['step']:,}", file=sys.stderr)
     if options.export:
-        if model.modern or (model.head_bias.any() and not options.drop_head_bias):
-            raise UserError(
-                "transformers' GPT-2 has no block modern and no bias at the head; train with "
-                "--block gpt2 --head_bias False, or leave the bias out with --drop_head_bias"
-            )
+        if model.modern:
+            raise UserError("transformers has no block modern; train with --block gpt2")
+        if model.head_bias.any() and not options.drop_head_bias:
+            fix = "--drop_head_bias leaves it out, and --head_bias False trains without"
+            raise UserError(f"transformers' GPT-2 has no bias at the head; {fix}")
+        if os.path.exists(options.export):
+            raise UserError(f"{options.export} is there already; choose another --export")
         write_folder(model, encoding, options.export)
         return print(f"{options.export} is written for transformers", file=sys.stderr)
     if size < encoding.eot_token:

@@ -131,7 +131,7 @@ def converted(tensors, parts):
 
 def write_folder(model, encoding, folder):
     """Write a model of block gpt2, but for its head's bias, and its tokenizer into a new folder, as
-    transformers reads them. Raises OSError, also where the folder is there already."""
+    transformers reads them. Raises OSError."""
     from safetensors.torch import save
 
     state = model.state_dict()

@@ -44,7 +44,7 @@ def check_vocabulary(checkpoint, dataset, where):
     if theirs != (dataset.tokenizer, dataset.vocab_size):
         raise UserError(
             f"{where} reads {theirs[1]:,} ids of tokenizer {theirs[0]}, and {dataset.name} has "
-            f"{dataset.vocab_size:,} of {dataset.tokenizer}; choose another --dataset"
+            f"{dataset.vocab_size:,} of {dataset.tokenizer}; choose a --dataset in that vocabulary"
         )
 
 
