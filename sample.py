@@ -19,7 +19,7 @@ from lab.data import load_tokenizer
 from lab.folder import folders_with, read_json
 from lab.generate import SamplingOptions, Texts, write_on
 from lab.gpt2 import open_weights, write_folder
-from lab.machine import check_compile_cache, choose_device, ranks_of
+from lab.machine import choose_device, ranks_of
 from lab.settings import command_line, setting
 from model import LanguageModel
 
@@ -121,7 +121,6 @@ def sample(texts, encoding, separator, prompts, began):
 
 
 def main(argv=None):
-    check_compile_cache()
     began = time.perf_counter()
     options, words = command_line(Options, argv, "python sample.py [--setting value ...]", None)
     if words:

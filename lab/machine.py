@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lab.console import UserError, cpu_cores, warn
+from lab.console import UserError, cpu_cores
 
 
 @dataclass
@@ -151,7 +151,6 @@ def open_machine(config):
     # Huge pages for large tensors, read at the first allocation: a step's fresh buffers cost a
     # fifth as much to touch.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    check_compile_cache()
     machine = ranks_of(os.environ)
     machine.device = choose_device(config, machine)
     on_cuda = machine.device.type == "cuda"
@@ -164,13 +163,3 @@ def open_machine(config):
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=config.rank_timeout))
     return machine
-
-
-def check_compile_cache():
-    """Let torch use a folder of its own where TORCHINDUCTOR_CACHE_DIR cannot be made: it makes that
-    folder even where nothing is compiled, and would fail."""
-    try:
-        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or ".", exist_ok=True)
-    except OSError as error:
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        warn(f"TORCHINDUCTOR_CACHE_DIR: {error}; going on without it")

@@ -62,6 +62,13 @@ def test_evaluation_is_the_whole_split_in_order(tiny, rows):
     assert figures["stderr"] == pytest.approx(stderr, rel=condition * LOSS)
 
 
+def test_a_text_without_words_has_no_perplexity_per_word(tiny):
+    split, model = Dataset("tiny").split("val"), loud()
+    for nbytes, has_one in (7, True), (9, False):
+        split.bytes = nbytes * split.words
+        assert (evaluate(model, split, CPU, 8)["ppl_word"] is not None) == has_one
+
+
 # --- the command
 
 

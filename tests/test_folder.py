@@ -32,6 +32,14 @@ def test_two_processes_that_write_one_file_do_not_meet(in_tmp, monkeypatch):
     assert Path("page").read_bytes() == b"one" and os.listdir() == ["page"]
 
 
+def test_what_is_renamed_is_on_the_disk(in_tmp, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    write_text("page", "whole")
+    assert done == ["fsync", "replace"]
+
+
 def test_what_is_no_line_of_the_log_is_left_out(in_tmp):
     write_text("lines", '{"step": 1}\n5\n[]\n{"step": 2}\n{"st')
     assert [line["step"] for line in read_lines("lines")] == [1, 2]

@@ -1,8 +1,5 @@
 """Where a process runs: its device, its compute dtype, its ranks; the memory that a pass takes."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import CPU, MODERN, refuse_float64, trainer_of
@@ -12,7 +9,7 @@ from lab import machine
 from lab.console import UserError
 from lab.data import Dataset
 from lab.evaluate import evaluate
-from lab.machine import Machine, check_compile_cache, choose_device, choose_dtype, ranks_of
+from lab.machine import Machine, choose_device, choose_dtype, ranks_of
 
 ALONE = ranks_of({})
 
@@ -68,10 +65,3 @@ def test_training_and_evaluating_take_no_float64(tiny, more):
         for i in range(3):
             trainer.step(i)
         evaluate(trainer.model, Dataset("tiny").split("val"), CPU, 3)
-
-
-def test_a_compile_cache_that_cannot_be_had_is_gone_without(in_tmp, monkeypatch):
-    Path("file").touch()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(in_tmp / "file/cache"))
-    check_compile_cache()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

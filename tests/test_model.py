@@ -53,6 +53,20 @@ def test_the_experiments_sizes_and_experiment_6_keeps_to_them(names, budget):
             assert n["embeddings"] == (50257 + 512) * config.d_model and n["head_bias"] == 50257
 
 
+def test_flops_are_six_per_weight_and_those_of_half_the_attention():
+    weights = 97 * 16 + 2 * (4 * 16 * 16 + 2 * 16 * 32)
+    assert small().flops_per_token() == 6 * weights + 2 * 12 * 12 * 16 / 2
+
+
+def test_the_first_block_s_values_are_mixed_into_the_others():
+    model, tokens = shaken(small(block="modern")), torch.arange(12)[None]
+    block = model.blocks[1]
+    block.value_mix.data = torch.tensor([0.0, 1.0])
+    before = model(tokens)
+    block.qkv.weight.data[32:] += 1  # its own values
+    assert torch.equal(model(tokens), before)
+
+
 def test_the_notebook_s_snippet():
     shape = dict(max_seq_len=512, d_model=16, num_heads=2, d_ff=64, num_layers=2)
     model = LanguageModel(vocab_size=50257, **shape, dropout=0.3)
@@ -73,6 +87,7 @@ def test_initialisation_is_gpt2_s():
 def test_a_modern_model_begins_as_its_embeddings():
     model, tokens = small(block="modern"), torch.randint(97, (2, 12))
     assert torch.equal(model.hidden(tokens), rms_norm(rms_norm(model.token_embedding(tokens))))
+    assert_near(model.hidden(tokens).square().mean(-1), torch.ones(2, 12), 0.01)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):  # the stream is in its dtype
         assert model.hidden(tokens).dtype == torch.bfloat16

@@ -215,8 +215,6 @@ def test_a_folder_without_splits_is_all_its_text(encoding, tmp_path, capsys):
     assert "skipped 3 other files" in capsys.readouterr().out
     val = encoding.decode(ids["val"][:-1])
     assert val in texts and ids["val"].count(END) == 1 and ids["train"].count(END) == 24
-    write(tmp_path / "few", {"a.md": "a " * 40, "b.md": "b " * 20, "c.md": "c " * 30})
-    assert ids_of(tmp_path, tmp_path / "few")["val"] == slow_ids(encoding, ["b " * 20])
 
 
 def test_links_are_followed_and_what_cannot_be_read_ends_it(encoding, tmp_path, monkeypatch):

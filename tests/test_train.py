@@ -1,5 +1,6 @@
 """Whole runs: what they leave, how they end, stop and go on, and what they refuse."""
 
+import copy
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     MODERN,
     MUON,
@@ -20,6 +22,7 @@ from helpers import (
     ROOT,
     TOKENS,
     VOCAB,
+    assert_near,
     assert_same_curve,
     assert_the_same_run,
     before_each_pass,
@@ -27,6 +30,7 @@ from helpers import (
     make_dataset,
     metrics,
     near,
+    rows_of,
     same,
     trainer_of,
     weights,
@@ -34,10 +38,11 @@ from helpers import (
 
 import report
 import train
-from config import load_config
+from config import Config, load_config
 from lab.console import UserError
 from lab.data import batches_of, load_tokenizer
 from lab.folder import load_checkpoint, take_lock
+from lab.state import State
 from lab.weights import new_model
 from train import tell_time
 
@@ -93,6 +98,36 @@ def test_a_run_learns_and_leaves_what_it_should(tiny, capsys):
     assert best["metrics"]["val_loss"] == last["val_loss"] and best["tokenizer"] == "gpt2"
     assert same(best["model"], weights("out/tiny/last.pt"))
     assert Path("out/tiny/notebook.md").exists() and Path("out/tiny/curve.png").exists()
+
+
+@pytest.mark.arithmetic
+def test_steps_are_those_of_plain_pytorch(tiny):
+    """The mean over micro-batches of other sizes, clipping, AdamW's numbers, the rates."""
+    words = "--dropout 0 --micro_batch_size 4 --grad_clip 0.1 --weight_decay 0.5 --beta1 0.8"
+    trainer = trainer_of([tiny, *words.split(), "--beta2", "0.7", "--adam_eps", "1e-3"], 9)
+    plain, begun = copy.deepcopy(trainer.model), copy.deepcopy(trainer.model)
+    groups = [dict(params=[p], weight_decay=0.5 * (p.dim() > 1)) for p in plain.parameters()]
+    adamw = torch.optim.AdamW(groups, betas=(0.8, 0.7), eps=1e-3)
+    for i in range(9):
+        trainer.step(i)
+        rows = torch.from_numpy(rows_of(trainer.batches, i)).long()
+        plain.zero_grad()
+        F.cross_entropy(plain(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        for group in adamw.param_groups:
+            group["lr"] = trainer.lr(i)
+        adamw.step()
+    parameters = (model.parameters() for model in (trainer.model, plain, begun))
+    for mine, theirs, start in zip(*parameters, strict=True):
+        assert_near(mine - start, theirs - start, near(torch.float32, 9 * TOKENS * VOCAB))
+
+
+def test_dropout_follows_from_seed_and_step(tiny):
+    draws = []
+    for seed, step in (0, 0), (0, 1), (1, 0), (0, 0):
+        trainer_of([tiny, "--seed", str(seed)], 9).seed(step)
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 3 and draws[0] == draws[-1]
 
 
 def test_both_optimizers_follow_the_schedule(tiny):
@@ -215,6 +250,16 @@ def test_any_name_is_a_run_s_and_a_data_set_s(tiny, capsys):
     capsys.readouterr()
     report.main([])
     assert "a\\|b" in capsys.readouterr().out  # in a table
+
+
+def test_a_new_best_begins_the_counts_anew_and_a_restart_keeps_the_clock():
+    state, config = State(Config(), None, 9), Config()
+    state.elapsed_s, state.epoch_loss_sum, state.epoch_loss_steps = 50.0, 6.0, 2
+    assert state.evaluated({}, best=False) == 3 and state.evaluations_since_best == 1
+    assert math.isnan(state.evaluated({}, best=True)) and state.evaluations_since_best == 0
+    resumed = State(config, None, 9)
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.clock() >= 50
 
 
 def test_patience_and_hours_end_a_run_cleanly(tiny):

@@ -77,10 +77,15 @@ def test_the_ids_are_those_of_a_slow_bpe_and_decode_to_the_text(own):
 def test_a_long_training_split_is_learned_from_in_evenly_spread_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("lab.text.BLOCK", 100)
     monkeypatch.setattr(prepare, "LEARN_FROM", 2000)
+    seen, learn = [], prepare.learn
+    monkeypatch.setattr(
+        prepare, "learn", lambda texts, size: learn((seen.append(t) or t for t in texts), size)
+    )
     rows = ["ab " * 20] * 100 + ["cd " * 20] * 100 + ["ef " * 20] * 100
     write(tmp_path, {"a/train.txt": "\n".join(rows), "a/val.txt": "xy " * 1000})
     dataset = prepare.prepare("own", tmp_path / "a", vocab_size=300, data_dir=tmp_path / "data")
     tokens = token_ranks(dataset.tokenizer_text)
+    assert sum(map(len, seen)) <= 2000
     assert all(word in tokens for word in (b" ab", b" cd", b" ef")) and b" xy" not in tokens
 
 
