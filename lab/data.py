@@ -153,11 +153,10 @@ class Batches:
         self.order = functools.lru_cache(2)(self.order)  # a batch may lie in two epochs
 
     def order(self, epoch):
-        """Where an epoch's windows begin, in its order: (windows,) int64."""
+        """Where an epoch's windows begin on the ring, in its order: (windows,) int64."""
         random = np.random.RandomState([self.seed, epoch])  # its stream is fixed (NEP 19)
         phase = random.randint(len(self.tokens))
-        order = phase + random.permutation(self.windows) * self.max_seq_len
-        return order % len(self.tokens)
+        return phase + random.permutation(self.windows) * self.max_seq_len
 
     def starts(self, i, rank=0, world=1):
         """Where the windows of batch i begin that are this rank's: (rows,) int64."""

@@ -155,6 +155,8 @@ def text_at(row, column, where):
     """The text of a row, a dict, under a column; None for a null. Raises UserError."""
     fields = dict(leaves_of(row))
     text = fields.get(column, fields)
+    if fields.get(column.rpartition(".")[0], "") is None:  # the object that would have it
+        return None
     if text is not None and not isinstance(text, str):
         names = ", ".join(name for name, value in fields.items() if isinstance(value, str))
         fix = f"--column takes one of {names or 'those that are texts, and there are none'}"

@@ -142,6 +142,9 @@ def test_a_column_by_name(encoding, tmp_path):
             assert ids_of(tmp_path, source, column=column)["val"] == slow_ids(encoding, [last])
         for column in "text", "meta", "meta.n":
             refused(tmp_path, source, f'"{column}"', "meta.title, story, a.b", column=column)
+    write(tmp_path, {"one.jsonl": lines + '{"meta": null}\n'})
+    ids = ids_of(tmp_path, tmp_path / "one.jsonl", column="meta.title")
+    assert ids["val"] == slow_ids(encoding, ["t 19"])
     write(tmp_path, {"one.jsonl": '[{"text": "t"}]'})
     refused(tmp_path, tmp_path / "one.jsonl", "one.jsonl, line 1", "jq")
 
