@@ -49,22 +49,22 @@ class Options:
 def runs_in(tops):
     """The SavedRuns in some folders. Raises OSError."""
     runs = map(SavedRun, folders_with("run.json", tops))
-    return [run for run in runs if run.metadata]
+    return [saved for saved in runs if saved.metadata]
 
 
-def row_of(run):
+def row_of(saved):
     """A SavedRun as a dict: itself, its settings, and the figures of its best evaluation, if it has
     one. A sweep's runs have the sweep's name."""
-    metadata, best, c = run.metadata, run.best, run.metadata["config"]
+    metadata, best, c = saved.metadata, saved.best, saved.metadata["config"]
     settings = {name: c.get(name) for name in SETTINGS}
     row = dict(
-        saved=run,
-        run=os.path.basename(run.top) if run.sweep else run.name,
+        saved=saved,
+        run=os.path.basename(saved.top) if saved.sweep else saved.name,
         settings=settings | dict(tokenizer=metadata["data"]["tokenizer"]),
         parameters=metadata["parameters"]["total"],
         recorded_ppl=c["recorded_ppl"] or None,
-        hours=run.last["elapsed_s"] / 3600,
-        tokens_per_s=run.speed and round(run.speed),
+        hours=saved.last["elapsed_s"] / 3600,
+        tokens_per_s=saved.speed and round(saved.speed),
     )
     if best:
         row |= {name: best[name] for name in FIGURES if name in best}
@@ -97,7 +97,7 @@ def by_text(runs):
 
 def measure_of(runs):
     """The figure by which SavedRuns compare."""
-    tokenizers = {run.metadata["data"]["tokenizer"] for run in runs}
+    tokenizers = {saved.metadata["data"]["tokenizer"] for saved in runs}
     return "val_loss" if len(tokenizers) < 2 else "val_bits_per_byte"
 
 
@@ -107,8 +107,8 @@ def groups_of(runs):
     least bits per byte."""
     groups = {}
     for row in map(row_of, runs):
-        run, others = row["saved"], row["settings"] | {"seed": None}
-        place = run.top if run.sweep and run.counts else run.folder
+        saved, others = row["saved"], row["settings"] | {"seed": None}
+        place = saved.top if saved.sweep and saved.counts else saved.folder
         groups.setdefault((place, str(others)), []).append(row)
 
     def rank(group):
