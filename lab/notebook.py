@@ -172,12 +172,13 @@ def opening(run, c):
     from the config's docstring; that is a quotation where the run departs from it."""
     # indented lines are the arithmetic: blank lines around make them a block of their own
     doc = re.sub(r"(?m)^\S.*\n(?=    )|^    .*\n(?=\S)", r"\g<0>\n", run.metadata["doc"].strip())
-    file = run.metadata.get("file")
-    title, _, text = (c.get("question") or doc).strip().partition("\n")
-    text, _, expected = text.partition("\nExpected: ")
-    if run.metadata.get("departs") and not c.get("question"):
+    file, asked = run.metadata.get("file"), c.get("question")
+    if run.metadata.get("departs") and not asked:
         title, expected, quoted = f"After {file}", "", doc.replace("\n", "\n> ")
         text = f"Other settings than those of {file}, which says of itself:\n\n> {quoted}"
+    else:
+        title, _, text = (asked or doc).strip().partition("\n")
+        text, _, expected = text.partition("\nExpected: ")
     if c["expected_ppl"] and (not expected or "expected_ppl" in run.metadata.get("given", ())):
         expected = "Validation perplexity {:g} to {:g}".format(*c["expected_ppl"])
     question = text.strip() or title or "(the config says nothing)"
