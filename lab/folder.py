@@ -193,8 +193,9 @@ class Folder:
                 f"{self.path} holds a run already; {same}begin another with --out_dir DIR"
             )
         checkpoint, path = newest_checkpoint(self.path)
+        finished = bool(read_json(self.final))
         weights = path or self.best
-        if os.path.exists(weights) and "state" not in (checkpoint or {}):
+        if "state" not in (checkpoint or {}) and (checkpoint or finished):
             raise UserError(
                 f"{weights} holds weights alone, and no checkpoint to go on from is beside it; "
                 f"begin another run with --init_from {shlex.quote(weights)} --out_dir DIR"
@@ -214,7 +215,7 @@ class Folder:
             self.machine.say(f"no checkpoint in {self.path} yet; beginning at step 0")
         if taken:
             self.keep_metrics(checkpoint["state"] if checkpoint else {})
-        return checkpoint, bool(read_json(self.final))
+        return checkpoint, finished
 
     def keep_metrics(self, state):
         """Drop the lines of metrics.jsonl that a resumed run will write again, those past its
@@ -283,11 +284,11 @@ class Folder:
         return not self.machine.reduce(not written)[0]
 
     def finish(self, state, final):
-        """Write the last figures, a dict, empty if no best.pt could be written. Returns whether all
-        of the run is on the disk; then it needs no prev.pt any more."""
+        """Write the last figures, a dict, empty if no best.pt could be written, if last.pt holds the
+        run's end. Returns whether all of the run is on the disk; then prev.pt is not needed."""
         text = json.dumps(final) + "\n"
-        written = final and self.write(self.final, write_text, self.final, text)
-        whole = written and self.saved == (state.step, state.evaluated_step)
+        saved = final and self.saved == (state.step, state.evaluated_step)
+        whole = saved and self.write(self.final, write_text, self.final, text)
         if whole and self.machine.rank == 0:
             with contextlib.suppress(OSError):
                 os.remove(self.prev)

@@ -137,6 +137,14 @@ def test_a_run_whose_best_could_never_be_written_has_not_finished(tiny):
     assert saved_steps("out/tiny/last.pt", "out/tiny/best.pt") == [6]
 
 
+def test_a_run_whose_last_could_never_be_written_can_begin_anew(tiny):
+    Path("out/tiny/last.pt.part").mkdir(parents=True)
+    assert train.main([tiny, "--max_steps", "6"]) == 1
+    assert saved_steps("out/tiny/last.pt", "out/tiny/best.pt") == [6]
+    os.rmdir("out/tiny/last.pt.part")
+    assert train.main([tiny, "--max_steps", "6", "--resume"]) == 0
+
+
 @pytest.mark.parametrize("minutes, steps", [("1e-9", [6, 5]), ("60", [])])
 def test_save_minutes(tiny, minutes, steps):
     """A run that such a rate ends at step 6, and that does not save at its end."""
