@@ -284,8 +284,8 @@ class Folder:
         return not self.machine.reduce(not written)[0]
 
     def finish(self, state, final):
-        """Write the last figures, a dict, empty if no best.pt could be written, if last.pt holds the
-        run's end. Returns whether all of the run is on the disk; then prev.pt is not needed."""
+        """Write the last figures, a dict, empty if no best.pt could be written; only where last.pt
+        holds the end. Returns whether all of the run is on the disk; then prev.pt goes."""
         text = json.dumps(final) + "\n"
         saved = final and self.saved == (state.step, state.evaluated_step)
         whole = saved and self.write(self.final, write_text, self.final, text)
