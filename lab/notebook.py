@@ -311,5 +311,6 @@ def draw_run(axes, run, measure="val_loss", color="C0"):
             points = zip(*points, strict=True)
             axes.plot(*points, style, color=color, markersize=3, linewidth=1, **options)
     axes.set(xlabel="training tokens seen", ylabel=UNITS[measure])
+    axes.locator_params("x", nbins=5)  # or long numbers would meet
     legend = axes.legend(fontsize=7, title="dots: validation", title_fontsize=7)
     legend.set_visible(len(axes.lines) <= 30)  # more names would leave the curves no room
