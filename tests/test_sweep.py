@@ -133,17 +133,6 @@ def test_means_deviations_and_paired_errors_are_those_worked_out_by_hand(in_tmp,
     assert labels == [f"learning_rate {rate}" for rate in (0.01, 0.02, 0.04)]
 
 
-def test_two_vocabularies_compare_by_bits_per_byte(in_tmp, capsys):
-    # the higher loss per token has fewer bits per byte
-    figures = (dict(val_loss=loss, val_bits_per_byte=10 - loss) for loss in (3.0, 4.0))
-    leave_sweep(dict(zip([(8, 0), (9, 0)], figures, strict=True)), ["d_model", "seed"], "t")
-    about = Path("out/t/9,0/run.json")
-    about.write_text(about.read_text().replace('"gpt2", "separator', '"own-1", "separator'))
-    first, *_ = rows(capsys, "out/t")
-    assert first[4] == "9" and first[6:8] == ["6.0000", "best"]
-    assert "bits per byte" in Path("out/t/notebook.md").read_text()
-
-
 def test_a_sweep_is_one_entry_of_the_notebook(in_tmp, capsys):
     leave("alone")
     leave_sweep({(rate, 0): dict(val_loss=loss) for rate, loss in ((0.01, 3.0), (0.02, 2.0))})
