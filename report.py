@@ -214,43 +214,24 @@ def draw(texts):
 # --- a sweep's entry in the notebook
 
 
-def draw_sweep(groups, vary, measure):
-    """A figure of groups' means, with their standard deviations."""
-    picture, (axes,) = notebook.figure(1)
-    for group in groups:
-        settings = group[0]["settings"]
-        label = "\n".join(f"{name} {settings[name]}" for name in vary if name != "seed")
-        mean, deviation = mean_of(by_seed(group, measure))
-        axes.errorbar(mean, label, xerr=deviation, fmt="o", color="C0", capsize=3)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"validation {UNITS[measure]}")
-    return picture
-
-
 def write_sweep(folder):
-    """Write a sweep's sweep.png and notebook.md anew, each file whole. Returns (when its first run
-    began, its entry as Markdown). Raises OSError."""
+    """Write a sweep's notebook.md anew, whole. Returns (when its first run began, its entry as
+    Markdown). Raises OSError."""
     notebook.invite(folder)
     sweep, runs = read_json(f"{folder}/sweep.json"), runs_in([folder])
-    texts, name = by_text(runs), os.path.basename(os.path.abspath(folder))
+    name = os.path.basename(os.path.abspath(folder))
+    has_picture = os.path.exists(f"{folder}/report.png")
     began = min(saved.metadata["began"] for saved in runs)
     pages = [f"- [{r.name}]({quote(r.name)}/notebook.md): {r.state}" for r in runs]
     paragraphs = [
         f"# Sweep of {', '.join(sweep['vary'])} - {began[:10]} ({name})",
         f"`{sweep['command']}`",
-        markdown(texts),
+        markdown(by_text(runs)),
+        *(["![all runs](report.png)"] if has_picture else []),
         "## Runs",
         "\n".join(pages),
         *notebook.conclusion_part(folder),
     ]
-    # in the order of the grid
-    groups = {group[0]["saved"].name: group for group in groups_of(texts[0])}
-    groups = [groups[name] for name in sweep["runs"] if name in groups]
-    groups = [group for group in groups if group[0]["saved"].counts]
-    if groups and len(texts) == 1:
-        picture = draw_sweep(groups, sweep["vary"], measure_of(runs))
-        notebook.write_picture(f"{folder}/sweep.png", picture)
-        paragraphs.insert(3, "![the runs' figures](sweep.png)")
     text = "\n\n".join(paragraphs) + "\n"
     notebook.write_page(f"{folder}/notebook.md", text)
     return began, text

@@ -18,7 +18,7 @@ from lab.console import ROOT, UserError, command, run
 from lab.data import load_tokenizer
 from lab.folder import folders_with, read_json
 from lab.generate import SamplingOptions, Texts, write_on
-from lab.gpt2 import open_weights, write_folder
+from lab.gpt2 import open_weights
 from lab.machine import choose_device, ranks_of
 from lab.settings import command_line, setting
 from model import LanguageModel
@@ -36,8 +36,6 @@ class Options(SamplingOptions):
     num_samples: int = setting(1, "texts for each prompt, as one batch", low=1, below=10_000)
     max_new_tokens: int = setting(200, "tokens to add to each", low=1, below=10_000_000)
     format: str = setting("text", "jsonl: a line for each text", choices=("text", "jsonl"))
-    export: str = setting("", "write the model for transformers into this folder", path=True)
-    drop_head_bias: bool = setting(False, "export without the head's bias")
     device: str = setting("auto", "auto: cuda, else cpu", choices=("auto", "cpu", "cuda", "mps"))
 
     def problems(self):
@@ -133,16 +131,6 @@ def main(argv=None):
     model = LanguageModel.from_checkpoint(checkpoint)
     encoding, size = load_tokenizer(checkpoint.get("tokenizer_text")), model.args["vocab_size"]
     print(f"{path}: step {checkpoint['step']:,}", file=sys.stderr)
-    if options.export:
-        if model.modern:
-            raise UserError("transformers has no block modern; train with --block gpt2")
-        if model.head_bias.any() and not options.drop_head_bias:
-            fix = "--drop_head_bias leaves it out, and --head_bias False trains without"
-            raise UserError(f"transformers' GPT-2 has no bias at the head; {fix}")
-        if os.path.exists(options.export):
-            raise UserError(f"{options.export} is there already; choose another --export")
-        write_folder(model, encoding, options.export)
-        return print(f"{options.export} is written for transformers", file=sys.stderr)
     if size < encoding.eot_token:
         raise UserError(f"{path} has a vocabulary of {size:,}, and is of another tokenizer")
     if not all(p.isfinite().all() for p in model.parameters()):

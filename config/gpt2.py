@@ -2,7 +2,7 @@
 
 Question: OpenAI trained GPT-2 on web pages, without Wikipedia. How far does one epoch of WikiText
 take it, and what does it lose elsewhere?
-    N = 124,439,808 parameters, without a head bias, so that transformers can read the result
+    N = 124,439,808 parameters, without a head bias
     D = 115,716,078 training tokens per epoch, D / N = 0.93, beside what it was trained on
     32 x 1024 = 32,768 tokens per step, 3,532 steps per epoch
 The learning rate is a tenth of experiment 5's, so that the model keeps most of what it knows.

@@ -81,19 +81,3 @@ def token_ranks(text):
     """{a token's bytes: its id} of a vocabulary's file."""
     lines = (line.split() for line in text.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in lines}
-
-
-def pairs_of(ranks):
-    """The two tokens that each token of several bytes joins, (left, right) bytes, in the order of
-    the ids: what other programs call merges. ranks: as token_ranks() gives them."""
-    pairs = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            # join the neighbours that were learned first, as an encoder would
-            joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
-            at = joined.index(min(joined))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            pairs.append(tuple(parts))
-    return pairs

@@ -5,15 +5,13 @@ transposed.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from lab.console import UserError
-from lab.data import VOCAB_SIZE, load_tokenizer
-from lab.encode import END, pairs_of
-from lab.folder import load_checkpoint, write_text, write_whole
+from lab.data import VOCAB_SIZE
+from lab.folder import load_checkpoint
 
 # what their config.json must say, or leave out, for the model to be ours
 SAME = {
@@ -31,6 +29,7 @@ PARTS = {
     "attention_norm": "ln_1", "qkv": "attn.c_attn", "attention_out": "attn.c_proj",
     "mlp_norm": "ln_2", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj",
 }  # fmt: skip
+WORDS = {"Ġthe": 262, "Ġpeople": 661, "ization": 1634}  # by which GPT-2's tokenizer is known
 NOT_WEIGHTS = ".attn.bias", ".attn.masked_bias", "lm_head.weight"  # masks, and wte once more
 
 
@@ -49,9 +48,6 @@ def open_weights(where):
             f"transformers' GPT-2: `hf download openai-community/gpt2 {files}` fetches OpenAI's"
         )
     return load_checkpoint(where)
-
-
-# --- reading
 
 
 def read_folder(folder):
@@ -74,18 +70,13 @@ def read_folder(folder):
 
 
 def check_tokenizer(folder):
-    """Raise ValueError if a folder holds a tokenizer whose words or merges are not GPT-2's."""
-    for name in ("vocab.json", "tokenizer.json", "merges.txt"):
+    """Raise ValueError if a folder holds a tokenizer whose words are not GPT-2's."""
+    for name in ("vocab.json", "tokenizer.json"):
         path = folder / name
         if path.exists():
-            text = path.read_text(encoding="utf-8")
-            words, merges = their_tokenizer(load_tokenizer())
-            if name == "merges.txt":
-                same = text.strip().split("\n")[1:] == merges  # the first line is a version
-            else:
-                found = json.loads(text)
-                same = words == (found["model"]["vocab"] if name == "tokenizer.json" else found)
-            if not same:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            words = found["model"]["vocab"] if name == "tokenizer.json" else found
+            if any(words.get(word) != id for word, id in WORDS.items()):
                 raise ValueError(f"{name} is of another tokenizer than GPT-2's")
 
 
@@ -105,61 +96,17 @@ def model_args(config):
 
 
 def our_weights(tensors, vocab_size):
-    """Their tensors under our names, as a state_dict in float32; the head's bias is zero."""
-    kept = [name for name in tensors if not name.endswith(NOT_WEIGHTS)]
-    theirs = {name.removeprefix("transformer."): tensors[name].float() for name in kept}
-    state = converted(theirs, {theirs: ours for ours, theirs in PARTS.items()})
+    """Their tensors under our names, as a state_dict in float32: the blocks' matrices are
+    transposed, and the head's bias is zero."""
+    state = {}
+    for name, tensor in tensors.items():
+        if name.endswith(NOT_WEIGHTS):
+            continue
+        name = name.removeprefix("transformer.")
+        for ours, theirs in PARTS.items():
+            name = name.replace(theirs, ours)
+        is_matrix = name.startswith("blocks.") and tensor.dim() == 2
+        state[name] = (tensor.t() if is_matrix else tensor).float().contiguous()
     # rows that pad GPT-2's vocabulary are left out
     state["token_embedding.weight"] = state["token_embedding.weight"][:vocab_size]
     return state | {"head_bias": torch.zeros(vocab_size)}
-
-
-def converted(tensors, parts):
-    """{name: tensor} as the other side keeps them: the parts of names, {old: new}, are replaced,
-    and the blocks' matrices transposed."""
-    state = {}
-    for name, tensor in tensors.items():
-        for old, new in parts.items():
-            name = name.replace(old, new)
-        in_block = name.startswith(("blocks.", "h."))
-        state[name] = tensor.t().contiguous() if in_block and tensor.dim() == 2 else tensor
-    return state
-
-
-# --- writing
-
-
-def write_folder(model, encoding, folder):
-    """Write a model of block gpt2, but for its head's bias, and its tokenizer into a new folder, as
-    transformers reads them. Raises OSError."""
-    from safetensors.torch import save
-
-    state = model.state_dict()
-    del state["head_bias"]
-    content = save(converted(state, PARTS), {"format": "pt"})
-    end = encoding.eot_token if encoding.eot_token < model.args["vocab_size"] else None
-    config = SAME | {theirs: model.args[ours] for ours, theirs in SIZES.items()}
-    config |= dict(bos_token_id=end, eos_token_id=end, architectures=["GPT2LMHeadModel"])
-    words, merges = their_tokenizer(encoding)
-    texts = {
-        "vocab.json": json.dumps(words),
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-        "config.json": json.dumps(config, indent=2) + "\n",
-    }
-    os.makedirs(folder)
-    write_whole(f"{folder}/model.safetensors", lambda file: file.write(content))
-    for name, text in texts.items():
-        write_text(f"{folder}/{name}", text)
-
-
-def their_tokenizer(encoding):
-    """({word: id}, [merge]) of a tiktoken.Encoding. In words a byte that is no printable character
-    is written as one from U+0100 on; a merge is two words with a space between them."""
-    tokens = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    shown = {byte: chr(byte) for byte in printable}
-    shown |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    word = lambda token: "".join(shown[byte] for byte in token)  # noqa: E731
-    words = {word(token): i for token, i in tokens.items()} | {END: encoding.eot_token}
-    return words, [" ".join(map(word, pair)) for pair in pairs_of(tokens)]

@@ -1,4 +1,4 @@
-"""A vocabulary of one's own: learned, encoded, damaged, trained on, sampled from, exported."""
+"""A vocabulary of one's own: learned, encoded, damaged, trained on, sampled from."""
 
 import json
 import random
@@ -159,14 +159,3 @@ def test_a_checkpoint_carries_its_vocabulary_and_takes_no_other(trained, tiny, c
     assert json.loads(line)["samples"][0][0] == "It is"
     refused("own-.* gpt2", tiny, "--init_from", "out/tiny/best.pt", "--out_dir", "out/b")
     refused("own-.* gpt2", tiny, "--eval_only", "--dataset", "tiny")
-
-
-def test_transformers_reads_the_vocabulary_and_gives_the_same_ids(trained):
-    transformers = pytest.importorskip("transformers")
-    sample.main(["--export", "out/hf", "--device", "cpu"])
-    peer = transformers.GPT2Tokenizer.from_pretrained("out/hf")
-    encoding = Dataset("own", trained / "data").encoding()
-    for text in [*TEXTS[:3], *map(noise, range(200, 220))]:
-        assert peer(text)["input_ids"] == encoding.encode_ordinary(text)
-    assert peer.eos_token_id == 399
-    assert transformers.GPT2LMHeadModel.from_pretrained("out/hf").config.eos_token_id == 399
