@@ -126,13 +126,13 @@ def describe(config, dataset, model, batches, total_steps):
 def plan_text(metadata, config, machine, model):
     """What is about to be trained, as text. metadata: describe()'s. model: without memory."""
     micro = micro_batch_size(config, model, machine)
-    memory = model.memory_bytes(micro, machine.dtype, machine.device.type)
+    memory = model.memory_bytes(micro, machine.dtype, machine.device.type) / 1e9
     source = f"from {config.init_from}" if config.init_from else f"with seed {config.seed}"
     lines = {
         "run": f"{config.out_dir} on {machine}",
         "weights": "" if config.resume else f"initialised {source}",
         **facts(metadata),
-        "memory": f"about {memory / 1e9:,.1f} GB per rank, beside Python and torch themselves, "
+        "memory": f"about {max(memory, 0.1):,.1f} GB per rank, beside Python and torch themselves, "
         f"with {micro} sequences per forward pass",
     }
     return "\n".join(f"{name:10}  {line}" for name, line in lines.items() if line)
@@ -158,7 +158,8 @@ def tell_time(metadata, config, machine, planned):
     limit = 3600 * config.max_hours
     ends = f", and max_hours ends it after {config.max_hours:g}" if 0 < limit < seconds else ""
     size, unit = (3600, "hours") if seconds > 7200 else (60, "min") if seconds > 120 else (1, "s")
-    machine.say(f"time        about {math.ceil(seconds / size):,} {unit} on this machine{ends}")
+    told = f"{math.ceil(seconds / size):,} {unit} of forward and backward passes"
+    machine.say(f"time        about {told} on this machine{ends}")
 
 
 def prompts_from(tokens, encoding):

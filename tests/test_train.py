@@ -292,7 +292,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(tiny, capsys, monkeypatch):
     assert train.main([tiny, "--dry_run", "--max_hours", "3"]) == 0
     shown = capsys.readouterr().out
     # 63 steps of one pass each
-    assert "about 18 hours on this machine, and max_hours ends it after 3\n" in shown
+    assert "about 18 hours of forward and backward passes" in shown and "after 3\n" in shown
     count = VOCAB * 8 + 16 * 8 + VOCAB + 2 * (4 * 72 + 2 * 8 * 16 + 16 + 8 + 4 * 8) + 16
     ratio, steps = f"{3000 / count:.2f} ", "63 of 6 x 16 = 96 "
     for figure in f" {count:,} (", " 3,000 ", ratio, steps, "5 of warm-up":
